@@ -1,0 +1,3 @@
+"""dense2conv: dense networks that become convolutions, trained model-parallel."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,302 @@
+"""The command line: ``dense2conv train|prune|extract|report`` with Hydra overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dense2conv import __version__
+from dense2conv.data import ImageSource, open_source
+from dense2conv.files import write_atomically
+from dense2conv.parallel import Mesh, open_mesh
+from dense2conv.parallel.launch import (
+    adopt_slurm,
+    end_with_launcher,
+    inside_job,
+    run_local_ranks,
+)
+from dense2conv.report import table, write_report
+from dense2conv.report.pictures import run_pictures
+from dense2conv.shapes import InputError
+from dense2conv.training.config import Config
+from dense2conv.training.extract import extract
+from dense2conv.training.loop import train
+from dense2conv.training.metrics import WandbLog
+from dense2conv.training.prune import prune
+from dense2conv.training.run_folder import RunFolder
+
+COMMANDS = {
+    "train": "train a dense network; with then=[prune,extract,report] the whole path",
+    "prune": "mask the smallest weights of a run's newest checkpoint",
+    "extract": "turn a run's pruned network into a convolution, verify and tune it",
+    "report": "write a run's report.html",
+}
+_STARTED = time.monotonic()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 with one sentence on what to change."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    adopt_slurm()
+    end_with_launcher()
+    first_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first_rank else logging.ERROR, format="%(message)s")
+    try:
+        return _main(words)
+    except InputError as error:
+        if first_rank:
+            print(f"dense2conv: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if first_rank:
+            print("dense2conv: stopped; carry on with resume=true", file=sys.stderr)
+        return 130
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"dense2conv {__version__}")
+        return 0
+    command, overrides = words[0], words[1:]
+    if command not in COMMANDS:
+        raise InputError(f"command {command!r} is unknown{_closest(command, COMMANDS)}")
+    if any(word in ("-h", "--help") for word in overrides):
+        print(_help(command))
+        return 0
+    config = load_config(command, overrides)
+    if not inside_job() and config.parallel.world_size > 1:
+        if command == "train":  # before processes are started in vain
+            RunFolder(config.run.folder).check(config.run, config.resume)
+        return run_local_ranks(config.parallel.world_size, words)
+    with open_mesh(config.parallel) as mesh:
+        run_phases(command, config, mesh)
+    return 0
+
+
+def run_phases(command: str, config: Config, mesh: Mesh) -> None:
+    """One command and, after training, what ``then`` names; every process calls this."""
+    folder = RunFolder(config.run.folder)
+    if command != "train":
+        folder.require("run", folder.config, "train")
+    source = open_source(config.data, config.seed, progress=mesh.is_main)
+    if command == "train":  # only now, so that unusable images leave no folder behind
+        _open_run_folder(config, mesh, folder)
+    wandb = None
+    if mesh.is_main:
+        wandb = WandbLog(config.wandb, folder, config.run.name, dataclasses.asdict(config))
+    phases = [command, *(config.then if command == "train" else [])]
+    try:
+        for phase in phases:
+            _run_phase(phase, config, mesh, folder, source, wandb)
+        if wandb is not None:
+            judged = phases[-1] in ("extract", "report")
+            _conclude(folder, wandb, config.train.steps, judged)
+    finally:
+        if wandb is not None:
+            wandb.close()
+
+
+def _run_phase(
+    phase: str,
+    config: Config,
+    mesh: Mesh,
+    folder: RunFolder,
+    source: ImageSource,
+    wandb: WandbLog | None,
+) -> None:
+    figures: dict[str, Any] = {}
+    if phase == "train":
+        train(config, mesh, folder, source, [wandb] if wandb else [])
+        figures["wall_seconds_train"] = round(time.monotonic() - _STARTED, 2)
+    elif phase == "prune":
+        prune(config, mesh, folder)
+    elif phase == "extract":
+        figures = extract(config, mesh, folder, source)
+    if mesh.is_main:
+        parallel = config.parallel
+        mesh_sizes = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
+        figures |= {"name": config.run.name, "seed": config.seed, "mesh": mesh_sizes}
+        if phase == "report":
+            write_report(folder.path)
+        # The report itself is part of what it tells the time of, to within its own writing.
+        figures["wall_seconds"] = round(time.monotonic() - _STARTED, 2)
+        folder.update_summary(figures)
+
+
+def _conclude(folder: RunFolder, wandb: WandbLog, step: int, judged: bool) -> None:
+    """The table and where to look, and the same to W&B."""
+    summary = json.loads(folder.summary.read_text())
+    wandb.summary(summary)
+    wandb.images(step, run_pictures(folder.path))
+    if judged and "layers" in summary:
+        print(table(summary))
+    report = folder.path / "report.html"
+    print(report if judged and report.exists() else folder.path)
+
+
+def _open_run_folder(config: Config, mesh: Mesh, folder: RunFolder) -> None:
+    """Rank 0 makes the folder; if it may not, every process ends with the same sentence."""
+    problem = None
+    if mesh.is_main:
+        try:
+            folder.create(config.run, config.resume)
+            write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        except InputError as error:
+            problem = str(error)
+    problem = mesh.broadcast_object(problem)
+    if problem is not None:
+        raise InputError(problem)
+
+
+# ---- configuration
+# ---------------------------------------------------------------------------------
+
+
+def load_config(command: str, overrides: list[str]) -> Config:
+    """Compose and check the configuration of a command.
+
+    A new run starts from the defaults and the groups in ``conf/``. Resumed runs and the other
+    commands start from what the run was trained with, and take the overrides on top.
+
+    Raises:
+        InputError: unknown or ill-typed keys, or values that contradict each other.
+    """
+    composed = _compose(overrides)
+    if command != "train" or composed.resume:
+        composed = _saved(composed, overrides)
+    config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    config.validate()
+    return config
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+            return compose(config_name="config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_explain(error)) from error
+
+
+def _saved(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    folder = RunFolder(Path(composed.run.root) / composed.run.name)
+    folder.require("run", folder.config, "train")
+    try:
+        saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder.config))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise InputError(
+            f"{folder.config} is no configuration of a run: {_explain(error)}"
+        ) from error
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+")
+        if OmegaConf.select(composed, key) is not None or "." in key:
+            OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=False)
+    assert isinstance(saved, DictConfig)
+    return saved
+
+
+def config_folder() -> Path:
+    """``conf/``: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message as one sentence, with the key that was probably meant."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in str(error):
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type)", line)]
+    message = " ".join(lines)
+    unknown = re.search(r"[Kk]ey '([\w.]+)'|Could not override '([\w.@]+)'", message)
+    if unknown and "not in" in message:
+        override = re.search(r"Could not override '([\w.]+)'", message)
+        key = override.group(1) if override else unknown.group(1)
+        return f"key {key!r} is unknown{_closest(key, [k for k, _, _ in config_keys()])}"
+    return f"{message} (dense2conv train --help lists every key)"
+
+
+def _closest(word: str, choices: Any) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(choices)}"
+
+
+def config_keys(node: Any = None, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(key, default, help) of every key, read off the dataclasses."""
+    node = Config() if node is None else node
+    keys: list[tuple[str, Any, str]] = []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            keys += config_keys(value, f"{prefix}{field.name}.")
+        else:
+            keys.append((f"{prefix}{field.name}", value, field.metadata.get("help", "")))
+    return keys
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "dense2conv: dense networks in, convolutions out",
+            "",
+            "usage: dense2conv COMMAND [key=value …]",
+            "",
+            *lines,
+            "",
+            "try:   dense2conv train experiment=demo parallel.tp=2",
+            "keys:  dense2conv train --help",
+        ]
+    )
+
+
+def _help(command: str) -> str:
+    """Every group and every key of a command, one line each."""
+    keys = config_keys()
+    width = max(len(f"{key}={_plain(value)}") for key, value, _ in keys if len(_plain(value)) < 20)
+    groups = []
+    for folder in sorted(p for p in config_folder().iterdir() if p.is_dir()):
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        groups.append(f"  {folder.name:{width}}  {names}")
+    return "\n".join(
+        [
+            f"dense2conv {command}: {COMMANDS[command]}",
+            "",
+            f"usage: dense2conv {command} [group=choice …] [key=value …]",
+            "",
+            "groups (files in conf/):",
+            *groups,
+            "",
+            "keys, with their defaults:",
+            *(f"  {f'{key}={_plain(value)}':{width}}  {text}" for key, value, text in keys),
+            "",
+            "outside torchrun and Slurm the command starts its own local processes",
+        ]
+    )
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value).replace(" ", "").replace("'", "")

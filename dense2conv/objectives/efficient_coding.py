@@ -1,0 +1,174 @@
+"""Efficient coding: maximise R(Z) − (μ/2) E‖z‖² − λ‖W‖₁.
+
+R is invariant to rotation of the features, so alone it favours no connectivity. The power term
+fixes the scale (with it, any whitening is optimal) and L1 picks the sparsest whitening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dense2conv.objectives.logdet import logdet_i_plus
+from dense2conv.objectives.rates import gaussian_information
+from dense2conv.shapes import SINGLE, InputError, Layout
+
+DEFAULT_NOISE_VARIANCE = 0.01
+
+
+@dataclass
+class ObjectiveConfig:
+    """What every layer maximises."""
+
+    noise_variance: float | None = field(
+        default=None,
+        metadata={
+            "help": "σ² of the noise at the output, sets the scale of R (0.01 if neither is set)"
+        },
+    )
+    epsilon_squared: float | None = field(
+        default=None, metadata={"help": "ε² in MCR²'s normalisation, σ² = ε²/units; instead of σ²"}
+    )
+    power: float = field(default=1.0, metadata={"help": "μ, the price of a unit's mean power"})
+    l1: float = field(default=0.03, metadata={"help": "λ, the price of the weights' magnitudes"})
+    on: str = field(
+        default="pre",
+        metadata={
+            "help": "pre: the linear output is coded | post: behind the non-linearity, centred"
+        },
+    )
+    scope: str = field(
+        default="layerwise",
+        metadata={"help": "layerwise: each layer its own objective | network: one at the top"},
+    )
+    batch_scope: str = field(
+        default="global",
+        metadata={
+            "help": "global: the exact rate of the whole batch | local: of each dp rank's share"
+        },
+    )
+    noise_correction: bool = field(
+        default=False,
+        metadata={"help": "subtract the information about the input noise itself from R"},
+    )
+
+    def validate(self) -> None:
+        """Raise InputError where the fields contradict each other."""
+        if self.noise_variance is not None and self.epsilon_squared is not None:
+            raise InputError(
+                f"objective.noise_variance={self.noise_variance} and objective.epsilon_squared="
+                f"{self.epsilon_squared} are two names of one scale; set one of them to null"
+            )
+        for name in ("noise_variance", "epsilon_squared"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"objective.{name}={value}; use a positive number")
+        for name in ("power", "l1"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"objective.{name}={getattr(self, name)}; use 0 or more")
+        for name, allowed in (
+            ("on", ("pre", "post")),
+            ("scope", ("layerwise", "network")),
+            ("batch_scope", ("global", "local")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"objective.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}"
+                )
+
+    def sigma_squared(self, num_features: int) -> float:
+        """σ² of a layer of ``num_features`` units."""
+        if self.epsilon_squared is not None:
+            return self.epsilon_squared / num_features
+        return DEFAULT_NOISE_VARIANCE if self.noise_variance is None else self.noise_variance
+
+
+class Terms(NamedTuple):
+    """The differentiable terms of one layer, sums over units, in nats."""
+
+    rate: Tensor
+    power: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """To be minimised; L1 is not in it, it is the proximal step's."""
+        return self.power - self.rate
+
+
+class EfficientCoding:
+    """The objective of a layer, given its linear output.
+
+    Args:
+        config: σ², μ and where the objective looks.
+        activation: the layer's non-linearity, for ``on=post``.
+        input_noise_std: of the layer's input, for ``noise_correction``.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        activation: Callable[[Tensor], Tensor],
+        input_noise_std: float = 0.0,
+    ) -> None:
+        self.config = config
+        self._activation = activation
+        self._input_noise_std = input_noise_std
+
+    def __call__(
+        self,
+        z: Tensor,
+        num_samples: int,
+        num_features: int,
+        layout: Layout = SINGLE,
+        weight: Tensor | None = None,
+    ) -> Terms:
+        """R and (μ/2) E‖z‖² of the whole batch.
+
+        Args:
+            z: (m/dp, d/tp), the block of the linear output that is held here.
+            num_samples, num_features: m and d.
+            layout: how z is spread.
+            weight: (d/tp, D), own rows, needed for ``noise_correction`` alone.
+        """
+        if self.config.on == "post":
+            z = _Centre.apply(self._activation(z), num_samples, layout)
+        sigma_squared = self.config.sigma_squared(num_features)
+        rate = gaussian_information(z, sigma_squared, layout, num_samples, num_features)
+        if self.config.noise_correction and weight is not None and self._input_noise_std > 0:
+            # ½ logdet(I + (σ_in²/σ²) WWᵀ): Wᵀ is a (D, d) matrix whose features are spread like
+            # z's.
+            alpha = self._input_noise_std**2 / sigma_squared
+            spread = Layout(features=layout.features)
+            rate = rate - 0.5 * logdet_i_plus(weight.T, alpha, spread, None, num_features)
+        power = _GlobalSum.apply(z.square().sum(), layout) * (self.config.power / 2 / num_samples)
+        return Terms(rate, power)
+
+
+class _GlobalSum(torch.autograd.Function):
+    """A scalar summed over all processes; every process seeks the gradient of its own addend."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, layout: Layout) -> Tensor:
+        return layout.samples.sum(layout.features.sum(value.clone()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Centre(torch.autograd.Function):
+    """Subtract each unit's whole-batch mean; the projection is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, num_samples: int, layout: Layout) -> Tensor:
+        ctx.num_samples, ctx.layout = num_samples, layout
+        return a - layout.samples.sum(a.sum(0)) / num_samples
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0]
+        return grad - ctx.layout.samples.sum(grad.sum(0)) / ctx.num_samples, None, None

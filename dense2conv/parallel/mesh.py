@@ -1,0 +1,175 @@
+"""The mesh of processes: pipeline × data × tensor, each axis named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dense2conv.parallel.collectives import GroupAxis
+from dense2conv.shapes import Axis, InputError, Layout
+
+
+@dataclass
+class ParallelConfig:
+    """How many processes, and what each axis splits."""
+
+    tp: int = field(
+        default=1, metadata={"help": "tensor parallel: units of a layer over processes"}
+    )
+    pp: int = field(default=1, metadata={"help": "pipeline parallel: layers over processes"})
+    dp: int = field(
+        default=1, metadata={"help": "data parallel: samples of a batch over processes"}
+    )
+    microbatches: int = field(
+        default=1, metadata={"help": "pieces a batch is fed forward in; the value stays exact"}
+    )
+    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
+    timeout_s: float = field(
+        default=300, metadata={"help": "seconds after which a silent process ends the run"}
+    )
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        return f"pp{self.pp}×dp{self.dp}×tp{self.tp}"
+
+    def validate(self, widths: list[int], batch: int) -> None:
+        """Raise InputError for a mesh that this network or batch cannot be spread over."""
+        for axis in ("tp", "pp", "dp", "microbatches"):
+            if getattr(self, axis) < 1:
+                raise InputError(f"parallel.{axis}={getattr(self, axis)}; use 1 or more")
+        if self.pp > len(widths):
+            raise InputError(
+                f"parallel.pp={self.pp} is more than the {len(widths)} layers of model.widths={widths}; "
+                f"use parallel.pp={len(widths)} or fewer"
+            )
+        if self.tp > min(widths):
+            raise InputError(
+                f"parallel.tp={self.tp} is more than the {min(widths)} units of the smallest layer; "
+                f"use parallel.tp={min(widths)} or fewer, or wider layers"
+            )
+        if batch % (self.dp * self.microbatches):
+            raise InputError(
+                f"train.batch={batch} does not divide by parallel.dp={self.dp} times "
+                f"parallel.microbatches={self.microbatches}; use a multiple of "
+                f"{self.dp * self.microbatches}"
+            )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"parallel.device={self.device!r} is unknown; use auto, cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("parallel.device=cuda, but torch sees no CUDA device; use cpu or auto")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in the mesh, and the axes it communicates over."""
+
+    pp: Axis
+    dp: Axis
+    tp: Axis
+    device: torch.device
+    device_mesh: DeviceMesh
+
+    @property
+    def layout(self) -> Layout:
+        """How this process's block of a layer's features lies in the whole batch's."""
+        return Layout(samples=self.dp, features=self.tp)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the log: rank 0, which holds the first layers."""
+        return dist.get_rank() == 0
+
+    @property
+    def writes_shards(self) -> bool:
+        """Whether this process speaks for its pipeline stage."""
+        return self.dp.rank == 0 and self.tp.rank == 0
+
+    def stage(self, num_layers: int, rank: int | None = None) -> range:
+        """The layers of a pipeline stage (the own one by default), as even as they come."""
+        rank = self.pp.rank if rank is None else rank
+        layers = np.array_split(np.arange(num_layers), self.pp.size)[rank]
+        return range(int(layers[0]), int(layers[-1]) + 1)
+
+    def peer(self, stage: int) -> int:
+        """Global rank of the process with the own dp and tp place in another stage."""
+        return int(self.device_mesh.mesh[stage, self.dp.rank, self.tp.rank])
+
+    def join_stages(self, value: Any) -> list[Any] | None:
+        """On the first stage, the values of all stages with the own dp and tp place; None elsewhere."""
+        if not isinstance(self.pp, GroupAxis):
+            return [value]
+        values: list[Any] | None = [None] * self.pp.size if self.pp.rank == 0 else None
+        dist.gather_object(value, values, group=self.pp.group, group_dst=0)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every process."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def make_mesh(pp: int, dp: int, tp: int, device: torch.device) -> Mesh:
+    """The mesh over all processes of the running job; ranks vary fastest along tp."""
+    device_mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
+
+    def axis(name: str) -> Axis:
+        group = device_mesh.get_group(name)
+        return GroupAxis(group) if dist.get_world_size(group) > 1 else Axis()
+
+    return Mesh(axis("pp"), axis("dp"), axis("tp"), device, device_mesh)
+
+
+def flat_mesh(mesh: Mesh) -> Mesh:
+    """All processes on one tensor-parallel axis: what pruning and extraction run on."""
+    return make_mesh(1, 1, dist.get_world_size(), mesh.device)
+
+
+@contextmanager
+def open_mesh(config: ParallelConfig) -> Iterator[Mesh]:
+    """Join the job's processes (torchrun's, Slurm's, our own, or this one alone) into the mesh.
+
+    Raises:
+        InputError: the number of processes is not pp·dp·tp.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.world_size:
+        raise InputError(
+            f"parallel.pp={config.pp} × parallel.dp={config.dp} × parallel.tp={config.tp} needs "
+            f"{config.world_size} processes, but {world_size} were started; change the mesh, or start "
+            f"{config.world_size} (torchrun --nproc-per-node={config.world_size}, or without torchrun)"
+        )
+    device = _device(config.device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    try:
+        yield make_mesh(config.pp, config.dp, config.tp, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

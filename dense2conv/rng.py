@@ -1,0 +1,45 @@
+"""Random numbers that do not depend on the mesh.
+
+A stream is named by integers, such as ``(seed, NOISE, step)``. Rows come in blocks of fixed size,
+each with a generator of its own, so that a process makes just the rows it holds and any two
+meshes agree on every number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What a stream is for; part of its name, so that no two purposes share numbers.
+INIT, PATCHES, NOISE, IMAGES, TUNING, NULL, PERMUTATION = range(7)
+
+_BLOCK = 64  # rows a generator makes
+
+
+def generator(*name: int) -> torch.Generator:
+    """A CPU generator for the stream of that name."""
+    state = np.random.SeedSequence(name).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def normal_rows(name: tuple[int, ...], rows: range, width: int) -> Tensor:
+    """Standard normal numbers: rows ``rows`` of an endless (·, width) matrix.
+
+    Args:
+        name: the stream.
+        rows: which rows, step 1; an empty range gives an empty tensor.
+        width: length of a row.
+
+    Returns:
+        (len(rows), width) float32 on the CPU.
+    """
+    out = torch.empty(len(rows), width)
+    if not rows:
+        return out
+    for block in range(rows.start // _BLOCK, (rows.stop - 1) // _BLOCK + 1):
+        values = torch.randn(_BLOCK, width, generator=generator(*name, block))
+        first = block * _BLOCK
+        start, stop = max(rows.start, first), min(rows.stop, first + _BLOCK)
+        out[start - rows.start : stop - rows.start] = values[start - first : stop - first]
+    return out

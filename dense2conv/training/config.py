@@ -1,0 +1,112 @@
+"""A run's whole configuration, typed: what Hydra composes and everything past it receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dense2conv.data import DataConfig
+from dense2conv.models import ModelConfig
+from dense2conv.objectives import ObjectiveConfig
+from dense2conv.parallel import ParallelConfig
+from dense2conv.pruning import PruneConfig
+from dense2conv.shapes import InputError
+from dense2conv.structure import ExtractConfig
+from dense2conv.training.checkpoint import CheckpointConfig
+from dense2conv.training.metrics import LogConfig, WandbConfig
+from dense2conv.training.optim import OptimizerConfig
+from dense2conv.training.run_folder import RunConfig
+from dense2conv.training.tuning import TuneConfig
+
+PHASES = ("prune", "extract", "report")
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class TrainConfig:
+    """How long, on how much, in what precision."""
+
+    steps: int = field(default=2500, metadata={"help": "optimizer steps in all"})
+    batch: int = field(default=1024, metadata={"help": "images of the global batch"})
+    dtype: str = field(default="float32", metadata={"help": "float32 | float64"})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    def validate(self) -> None:
+        """Raise InputError where a field cannot be."""
+        if self.dtype not in _DTYPES:
+            raise InputError(f"train.dtype={self.dtype!r} is unknown; use {' or '.join(_DTYPES)}")
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)}; use 1 or more")
+
+
+@dataclass
+class Config:
+    """Everything about a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = field(
+        default=0, metadata={"help": "one seed for weights, batches and noise, on any mesh"}
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "carry on from the run's last good checkpoint, on any mesh"},
+    )
+    then: list[str] = field(
+        default_factory=list,
+        metadata={"help": "phases that follow training, e.g. then=[prune,extract,report]"},
+    )
+    engine: str = field(default="native", metadata={"help": "native"})
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def validate(self) -> None:
+        """Every rule that needs no process group, so that nothing starts in vain.
+
+        Raises:
+            InputError: the first rule that is broken, with the value and the remedy.
+        """
+        for group in (
+            self.run,
+            self.data,
+            self.model,
+            self.objective,
+            self.optimizer,
+            self.train,
+            self.checkpoint,
+            self.prune,
+            self.extract,
+            self.tune,
+            self.log,
+            self.wandb,
+        ):
+            group.validate()
+        self.parallel.validate(self.model.widths, self.train.batch)
+        if self.engine != "native":
+            raise InputError(f"engine={self.engine!r} is not there; use engine=native")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed}; use 0 or more")
+        unknown = [phase for phase in self.then if phase not in PHASES]
+        if unknown:
+            raise InputError(
+                f"then={unknown} is unknown; use some of {list(PHASES)}, in that order"
+            )
+        if self.objective.scope == "network" and self.parallel.pp > 1:
+            raise InputError(
+                f"objective.scope=network with parallel.pp={self.parallel.pp}: gradients do not "
+                "cross pipeline stages yet; use objective.scope=layerwise, or parallel.pp=1"
+            )

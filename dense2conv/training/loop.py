@@ -1,0 +1,152 @@
+"""The life of a run, top to bottom: build, resume, step, log, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dense2conv.data import ImageSource, add_input_noise
+from dense2conv.models import DenseStack
+from dense2conv.models.dense_stack import layer_name
+from dense2conv.objectives import EfficientCoding
+from dense2conv.parallel import Mesh
+from dense2conv.parallel.engines import NativeEngine
+from dense2conv.structure.locality import receptive_fields
+from dense2conv.training import checkpoint
+from dense2conv.training.config import Config
+from dense2conv.training.metrics import MetricsLog, layer_metrics
+from dense2conv.training.optim import learning_rate, make_optimizer
+from dense2conv.training.run_folder import RunFolder
+
+Sink = Callable[[int, dict[str, float]], None]
+_SNAPSHOTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0)  # shares of the run at which fields are kept
+_MAX_SNAPSHOT = 4_000_000  # numbers in one snapshot
+
+
+def train(
+    config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource, sinks: list[Sink]
+) -> None:
+    """Train from scratch or from the last good checkpoint to ``train.steps``.
+
+    Every process of the mesh calls this. What it leaves is in ``folder``: metrics, snapshots of
+    receptive fields, and checkpoints, the last one at the final step.
+    """
+    stack = build_stack(config, mesh, len(source.geometry)).init(config.seed)
+    optimizer = make_optimizer(config.optimizer, stack, config.objective.l1)
+    objective = EfficientCoding(config.objective, stack.activation, config.data.input_noise_std)
+    batch, steps = config.train.batch, config.train.steps
+    engine = NativeEngine(mesh, stack, objective, batch, config.parallel.microbatches)
+
+    start = 0
+    found = checkpoint.latest(folder.checkpoints) if config.resume else None
+    if found is not None:
+        start = checkpoint.load(found, mesh, stack, optimizer, identity(config))
+    else:
+        save_fields(config, mesh, folder, stack, "step00000000")
+
+    def save(step: int) -> None:
+        checkpoint.save(
+            folder.checkpoints,
+            mesh,
+            stack,
+            optimizer,
+            step,
+            identity(config),
+            config.checkpoint.keep,
+        )
+
+    rows = mesh.dp.shard(batch)
+    snapshots = {round(share * steps) for share in _SNAPSHOTS} - {0}
+    metrics = MetricsLog(mesh, folder, start, steps, sinks)
+    began = time.monotonic()
+    for step in range(start, steps):
+        x = next_batch(config, mesh, source, step, rows) if engine.pipeline.is_first else None
+        terms = engine.forward_backward(x)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, steps)
+        optimizer.step()  # ends in the proximal step
+        optimizer.zero_grad()
+        for i in stack.indices:
+            stack.layer(i).apply_mask()
+
+        done = step + 1
+        values: dict[str, Tensor | float] = dict(
+            layer_metrics(mesh, stack, terms, config.objective.l1)
+        )
+        if done % config.log.radius_every == 0 or done == steps:
+            values |= median_radius(mesh, stack, source)
+        values["lr"] = optimizer.param_groups[0]["lr"]
+        values["steps_per_second"] = (done - start) / (time.monotonic() - began)
+        metrics.record(done, values)
+        at_checkpoint = done % config.checkpoint.every == 0 or done == steps
+        if at_checkpoint or done % config.log.every == 0:
+            metrics.flush()
+        if done in snapshots:
+            save_fields(config, mesh, folder, stack, f"step{done:08d}")
+        if at_checkpoint:
+            engine.pipeline.drain()
+            save(done)
+    metrics.close()
+
+
+def build_stack(config: Config, mesh: Mesh, num_inputs: int) -> DenseStack:
+    """This process's share of the network, allocated and not yet filled."""
+    stages = mesh.stage(len(config.model.widths))
+    with torch.device("meta"):
+        stack = DenseStack(num_inputs, config.model, mesh.layout, stages)
+    return stack.to(config.train.torch_dtype).to_empty(device=mesh.device)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes two runs the same network, as far as a checkpoint is concerned."""
+    return {
+        "data.side": config.data.side,
+        "data.channels": config.data.channels,
+        "model.widths": list(config.model.widths),
+        "model.nonlinearity": config.model.nonlinearity,
+        "model.bias": config.model.bias,
+        "model.standardise": config.model.standardise,
+        "train.dtype": config.train.dtype,
+    }
+
+
+def next_batch(config: Config, mesh: Mesh, source: ImageSource, step: int, rows: range) -> Tensor:
+    """Own samples of the batch with their input noise: (m/dp, D), a pure function of (seed, step)."""
+    x = source.batch(step, config.train.batch, rows).to(mesh.device, config.train.torch_dtype)
+    return add_input_noise(x, config.data.input_noise_std, config.seed, step, rows)
+
+
+def median_radius(mesh: Mesh, stack: DenseStack, source: ImageSource) -> dict[str, float]:
+    """The median radius in pixels of the first layer's live units, where this process holds them."""
+    if 0 not in stack.indices:
+        return {}
+    layer = stack.layer(0)
+    fields = receptive_fields(layer.weight.detach(), source.geometry)
+    radius = torch.where(fields.alive, fields.radius, torch.nan)
+    radius = mesh.tp.gather(radius, layer.num_units)
+    return {"radius": float(radius.nanmedian())}
+
+
+@torch.no_grad()
+def save_fields(
+    config: Config, mesh: Mesh, folder: RunFolder, stack: DenseStack, name: str
+) -> None:
+    """Keep a sample of every held layer's receptive fields for the report, as an npz file a layer."""
+    for i in stack.indices:
+        layer = stack.layer(i)
+        most = max(16, _MAX_SNAPSHOT // layer.num_inputs)
+        num = min(layer.num_units, config.log.num_fields, most)
+        units = np.linspace(0, layer.num_units - 1, num).round().astype(np.int64)
+        sample = torch.zeros(num, layer.num_inputs, device=mesh.device)
+        for place, unit in enumerate(units):
+            if unit in layer.units:
+                sample[place] = layer.weight[unit - layer.units.start].float()
+        sample = mesh.tp.sum(sample)
+        if mesh.writes_shards:
+            path = folder.fields / f"{layer_name(i)}_{name}.npz"
+            np.savez_compressed(path, weight=sample.cpu().numpy(), units=units)

@@ -1,0 +1,138 @@
+"""Batches are a pure function of (seed, step), whoever reads which rows."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dense2conv.data import DataConfig, add_input_noise, open_source
+from dense2conv.data.photographs import (
+    COLOUR_HELD_OUT,
+    COLOUR_TRAIN,
+    GREY_HELD_OUT,
+    GREY_TRAIN,
+    load_photographs,
+)
+from dense2conv.rng import normal_rows
+from dense2conv.shapes import InputError
+
+
+@pytest.fixture(scope="module")
+def natural():
+    return open_source(DataConfig(side=8), seed=0)
+
+
+def test_any_rows_of_a_batch_are_rows_of_the_whole_batch(natural):
+    whole = natural.batch(7, 100, range(100))
+    noisy = add_input_noise(whole, 0.1, 0, 7, range(100))
+    for rows in (range(0, 50), range(50, 100), range(33, 71), range(99, 100), range(5, 5)):
+        part = natural.batch(7, 100, rows)
+        assert torch.equal(part, whole[rows.start : rows.stop])
+        assert torch.equal(add_input_noise(part, 0.1, 0, 7, rows), noisy[rows.start : rows.stop])
+
+
+def test_steps_seeds_and_splits_differ(natural):
+    other = open_source(DataConfig(side=8), seed=1)
+    rows = range(64)
+    batches = [natural.batch(0, 64, rows), natural.batch(1, 64, rows), other.batch(0, 64, rows)]
+    assert not any(torch.equal(a, b) for a in batches for b in batches if a is not b)
+    assert torch.equal(natural.held_out(32), other.held_out(32))
+    assert not torch.equal(natural.held_out(32), natural.training_sample(32))
+
+
+def test_pixels_are_standardised(natural):
+    x = natural.training_sample(20_000)
+    assert abs(float(x.mean())) < 0.05
+    assert abs(float(x.std()) - 1) < 0.05
+
+
+def test_a_patch_is_cut_out_of_its_photograph():
+    config = DataConfig(side=9, channels=3)
+    photographs = load_photographs(config).train
+    source = open_source(config, seed=4)
+    mean = np.mean([p.reshape(-1, 3).mean(0) for p in photographs], axis=0)
+    x = source.batch(0, 3, range(3)).double()
+    std = float(source._std)
+    patch = (x[1].view(3, 9, 9).permute(1, 2, 0).numpy() * std + mean).round().astype(int)
+    windows = (
+        np.lib.stride_tricks.sliding_window_view(p, (9, 9), axis=(0, 1)) for p in photographs
+    )
+    found = [
+        bool((w[..., 4, 4] == patch[4, 4]).all(-1).any())
+        and bool((w.transpose(0, 1, 3, 4, 2) == patch).all((2, 3, 4)).any())
+        for w in windows
+    ]
+    assert any(found)
+
+
+def test_no_photograph_is_on_both_sides():
+    assert not set(GREY_TRAIN) & set(GREY_HELD_OUT)
+    assert not set(COLOUR_TRAIN) & set(COLOUR_HELD_OUT)
+    assert "motorcycle_right.png" not in GREY_TRAIN + GREY_HELD_OUT
+
+
+def test_permuted_pixels_know_where_they_came_from():
+    config = DataConfig(side=6)
+    plain = open_source(config, seed=0)
+    permuted = open_source(DataConfig(side=6, permute_pixels=True), seed=0)
+    x, y = plain.batch(0, 4, range(4)), permuted.batch(0, 4, range(4))
+    assert not torch.equal(x, y)
+    where = permuted.geometry.y * 6 + permuted.geometry.x
+    assert torch.equal(y, x[:, where])
+
+
+def test_random_rows_do_not_depend_on_who_asks():
+    whole = normal_rows((5, 1), range(300), 7)
+    assert torch.equal(normal_rows((5, 1), range(100, 201), 7), whole[100:201])
+    assert normal_rows((5, 1), range(0), 7).shape == (0, 7)
+    assert abs(float(whole.std()) - 1) < 0.1
+
+
+def _picture(path, size=(40, 30), mode="RGB"):
+    pixels = np.random.default_rng(len(path.name)).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def test_a_folder_of_images_of_many_kinds(tmp_path):
+    (tmp_path / "deep").mkdir()
+    _picture(tmp_path / "a.png", mode="L")
+    _picture(tmp_path / "b.jpg", mode="CMYK")
+    _picture(tmp_path / "deep" / "c.gif", mode="P")
+    _picture(tmp_path / "tiny.png", size=(4, 4))
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "notes.txt").write_text("not one either")
+    source = open_source(DataConfig(kind="folder", root=str(tmp_path), side=8), seed=0)
+    assert source.batch(0, 5, range(5)).shape == (5, 64)
+    assert source.held_out(5).isfinite().all()
+
+
+def test_photographs_can_be_shrunk_first(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        _picture(tmp_path / name, size=(200, 100))
+    config = DataConfig(kind="folder", root=str(tmp_path), side=16, resize=20)
+    assert load_photographs(config).train[0].shape == (20, 40, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kind": "folder", "root": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
+        ({"kind": "folder"}, "set data.root"),
+        ({"kind": "video"}, "'video'"),
+        ({"side": 400}, "data.side=400"),
+        ({"side": 1}, "data.side=1"),
+        ({"channels": 2}, "data.channels=2"),
+        ({"resize": 4}, "data.resize=4"),
+    ],
+)
+def test_bad_data_is_named(fields, named):
+    with pytest.raises(InputError, match=named):
+        open_source(DataConfig(**fields), seed=0)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="holds no images"):
+        open_source(DataConfig(kind="folder", root=str(tmp_path)), seed=0)
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="0 of 1 images are readable"):
+        open_source(DataConfig(kind="folder", root=str(tmp_path)), seed=0)

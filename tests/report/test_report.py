@@ -1,0 +1,292 @@
+"""The page, the verdict and the table, from synthetic run folders."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dense2conv.report import judge, table, write_report
+from dense2conv.shapes import InputError
+
+SIDE, UNITS = 8, 64
+
+FOUND: dict[str, Any] = {
+    "zero_fraction": 0.95, "median_radius": 0.49, "random_radius": 3.27,
+    "distinct_centre_fraction": 0.99, "num_kernels": 1, "left_over_fraction": 0.2,
+    "dead_fraction": 0.0, "conv_r2": 0.81, "conv_r2_interior": 0.84, "interior_fraction": 0.56,
+    "conv_r2_tuned": 0.9, "heldout_objective_dense": 1.344, "heldout_objective_conv": 1.278,
+    "heldout_objective_identity": 0.21, "heldout_objective_zca": 1.13,
+    "heldout_rate_minus_power_dense": 1.59, "heldout_rate_minus_power_identity": 0.24,
+    "heldout_rate_minus_power_zca": 1.69, "whitening_gain": 0.93, "median_participation": 1.4,
+    "num_weights_dense": 4096, "num_weights_conv": 25, "padding": "reflect",
+    "wall_seconds": 93.0, "mesh": "tp=2", "seed": 7,
+    "layers": [
+        {"name": "layer1", "num_units": 64, "num_inputs": 64, "num_kernels": 1,
+         "median_radius": 0.49, "random_radius": 3.27, "conv_r2": 0.81,
+         "kernels": [{"stride": 1, "offset": [0, 0], "coverage": 0.8, "num_units": 51}]},
+        {"name": "layer2", "num_units": 20, "num_inputs": 64, "num_kernels": 2,
+         "kernels": [{"stride": [2, 1], "offset": [0, 0], "coverage": 0.5, "num_units": 9}]},
+    ],
+}  # fmt: skip
+NOISE = FOUND | {
+    "median_radius": 0.0,
+    "median_participation": 1.0,
+    "heldout_rate_minus_power_dense": 1.7915,
+    "heldout_rate_minus_power_identity": 1.7918,
+    "heldout_rate_minus_power_zca": 1.7889,
+    "conv_r2": 0.97,
+    "left_over_fraction": 0.01,
+}
+
+
+def write_log(folder: Path) -> None:
+    with open(folder / "metrics.jsonl", "w") as log:
+        for step in range(30):
+            record = {"step": step, "objective": step * 0.05, "rate": 1.0, "sparsity": step / 30}
+            record |= {"layer2/rate": 0.5, "layer2/sparsity": 0.1}
+            if step % 10 == 0:
+                record["radius"] = 3.0 - step / 12
+            log.write(json.dumps(record) + "\n")
+        log.write('{"step": 30, "objec')
+
+
+def write_run(folder: Path, channels: int = 1, name: str = "demo") -> Path:
+    """A complete run of two layers."""
+    rng = np.random.default_rng(0)
+    (folder / "fields").mkdir(parents=True)
+    (folder / "extracted").mkdir()
+    config = {
+        "run": {"name": name}, "seed": 7, "data": {"kind": "mosaic", "side": SIDE,
+        "channels": channels}, "train": {"steps": 30}, "parallel": {"tp": 2},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    write_log(folder)
+    (folder / "summary.json").write_text(json.dumps(FOUND | {"conv_r2_tuned": float("nan")}))
+    units = np.arange(0, UNITS, 2)
+    for layer, n, num_inputs in (("layer1", units, channels * SIDE**2), ("layer2", units[:9], 64)):
+        for tag in ("step00000000", "step00000010", "step00000030", "pruned"):
+            weight = rng.normal(size=(len(n), num_inputs)).astype(np.float32)
+            np.savez(folder / "fields" / f"{layer}_{tag}.npz", weight=weight, units=n)
+    y, x = np.divmod(np.arange(UNITS), SIDE)
+    analysis: dict[str, Any] = {}
+    for layer in ("layer1", "layer2"):
+        scores = {
+            key: rng.random(UNITS)
+            for key in ("radius", "participation", "window_mass", "null_radius", "null_window_mass")
+        }
+        scores["null_participation"] = scores["participation"]
+        scores |= {"centre_y": y, "centre_x": x, "place_y": y, "place_x": x, "gain": y - 3.5,
+                   "kernel": np.where(x == 0, -1, x % 2),
+                   "channel": np.where(x == 0, -1, x % 2), "alive": np.arange(UNITS) != 5,
+                   "r2": np.full(UNITS, np.nan)}  # fmt: skip
+        analysis |= {f"{layer}/{key}": value for key, value in scores.items()}
+    np.savez(folder / "extracted" / "analysis.npz", **analysis)
+    save_file(
+        {
+            "layer1.kernels": rng.normal(size=(2, channels, 5, 5)).astype(np.float32),
+            "layer2.0.kernels": rng.normal(size=(2, 2, 3, 3)).astype(np.float32),
+            "layer2.bias": np.zeros(2, np.float32),
+        },
+        folder / "extracted" / "module.safetensors",
+    )
+    return folder
+
+
+class Page(HTMLParser):
+    """Start tags, and whether every one that must be closed is."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "path", "circle", "rect", "polyline"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_complete_run_gives_a_complete_page(tmp_path: Path, channels: int) -> None:
+    folder = write_run(tmp_path / "run", channels)
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    assert not list(folder.glob(".report*"))
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "not made yet" not in text
+    assert "A convolution was found" in text
+    images = page.all("img")
+    assert len(images) == 2 * 4 + 2  # four montages and a bank for each layer
+    assert all(image["alt"] for image in images)
+    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in images)
+    assert len(page.all("svg")) == 2 + 6 + 1  # maps, histograms, curves
+    assert "leaves its participation as it was" in text
+    assert len(text) < 900_000
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    text = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    without_data = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert "http" not in without_data
+    assert "url(" not in without_data
+    page = Page(text)
+    assert not page.all("script")
+    targets = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {(a["href"] or "")[1:] for a in page.all("a")} <= targets
+    assert str(tmp_path) not in text
+
+
+def test_a_hostile_name_and_config_stay_text(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>\"'&{{ 7*7 }}"
+    text = write_report(write_run(tmp_path / "run", name=name)).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "{{ 7*7 }}" in text
+    assert not Page(text).all("script")
+
+
+def test_hostile_summary_and_metric_keys_stay_text(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    bad = "<img src=x onerror=alert(1)>"
+    layers = [FOUND["layers"][0] | {"name": bad, "kernels": [{"stride": bad, "num_units": 3}]}]
+    summary = FOUND | {"padding": bad, "mesh": bad, "seed": bad, "layers": layers}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, f"layer2/{bad}": 1.0, f"{bad}/rate": 1.0, "layer2/rate": bad})
+    )
+    assert bad not in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_only_metrics(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.all("svg")) == 1
+    assert "No verdict yet" in text
+    assert "dense2conv extract" in text
+    assert "dense2conv train" in text
+    assert (
+        "<dt>last step logged</dt><dd>29</dd>" in text
+    )  # the cut-off record of step 30 is skipped
+
+
+def test_each_part_may_be_missing_or_broken(tmp_path: Path) -> None:
+    parts = ["config.yaml", "metrics.jsonl", "summary.json", "fields/layer1_pruned.npz",
+             "extracted/analysis.npz", "extracted/module.safetensors"]  # fmt: skip
+    folder = write_run(tmp_path / "run")
+    for path in (folder / "fields").glob("*_step*"):
+        path.unlink()  # montages take the time
+    for part in parts:
+        kept = (folder / part).read_bytes()
+        (folder / part).write_bytes(kept[: len(kept) // 2])
+        Page(write_report(folder).read_text(encoding="utf-8"))
+        (folder / part).unlink()
+        Page(write_report(folder).read_text(encoding="utf-8"))
+        (folder / part).write_bytes(kept)
+
+
+def test_an_empty_or_absent_folder_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dense2conv train"):
+        write_report(tmp_path)
+    with pytest.raises(InputError, match="is no folder"):
+        write_report(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pickles_are_not_loaded(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    evil = np.array([{"a": 1}], dtype=object)
+    np.savez(folder / "fields" / "layer1_pruned.npz", weight=evil, units=evil)
+    assert len(Page(write_report(folder).read_text(encoding="utf-8")).all("img")) == 9
+
+
+def test_nan_and_null_everywhere(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for path in (folder / "fields").iterdir():
+        path.unlink()
+    for value in (float("nan"), None, "x"):
+        summary = dict.fromkeys(FOUND, value)
+        (folder / "summary.json").write_text(json.dumps(summary))
+        text = write_report(folder).read_text(encoding="utf-8")
+        assert "No verdict yet" in text
+        assert not re.search(r">\s*nan", text)
+        assert "nan" not in table(summary)
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "words"),
+    [
+        ({}, "found", "80 % of the 64 dense units are one kernel"),
+        ({"median_radius": 3.1}, "none", "not local"),
+        ({"conv_r2": 0.2}, "partial", "explains only 0.20"),
+        ({"left_over_fraction": 0.8}, "partial", "not copies of a few kernels"),
+        ({"num_kernels": 40}, "partial", "not copies of a few kernels"),
+        ({"num_kernels": 0}, "partial", "no two units"),
+        ({"num_kernels": None}, "partial", "dense2conv extract"),
+        ({"conv_r2": None}, "partial", "not yet verified"),
+        ({"heldout_rate_minus_power_dense": None, "median_participation": None},
+         "unknown", "identity control"),
+        # Edge filters in whitened pixels: no whitening to gain, but fields of many places.
+        ({"heldout_rate_minus_power_dense": 0.2, "median_participation": 9.0}, "found", "80 %"),
+        # One-pixel units are judged by participation where the control is missing.
+        ({"heldout_rate_minus_power_dense": None, "median_participation": 1.0},
+         "none", "about one pixel"),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_the_numbers(change: dict[str, Any], level: str, words: str) -> None:
+    verdict = judge(FOUND | change)
+    assert verdict.level == level
+    assert words in verdict.sentence
+
+
+def test_white_noise_is_no_convolution() -> None:
+    verdict = judge(NOISE)
+    assert verdict.level == "none"
+    assert verdict.title == "No convolution was found"
+    assert "one pixel" in verdict.sentence
+    assert "0.00 nats" in verdict.sentence
+    assert "✗" in table(NOISE)
+
+
+def test_nothing_is_judged_from_nothing() -> None:
+    verdict = judge({})
+    assert (verdict.level, verdict.headline) == ("unknown", ())
+
+
+def test_table_is_a_dozen_aligned_lines() -> None:
+    lines = table(FOUND).splitlines()
+    assert len(lines) == 2 + 13
+    assert "A convolution was found" in lines[0]
+    assert any("4\u202f096 / 25" in line and "164× fewer" in line for line in lines)
+    assert table({}).count("–") >= 12
+
+
+def test_importing_the_report_is_light() -> None:
+    code = (
+        "import sys, dense2conv.report; "
+        "print([m for m in ('matplotlib', 'jinja2', 'wandb', 'hydra') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
