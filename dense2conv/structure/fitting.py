@@ -25,6 +25,7 @@ RIDGE = 1e-10  # of the mean tap power, towards the kernel of the step before
 NUM_CANDIDATES = 256  # units whose own kernel is tried as a new one
 NUM_TRIALS = 4  # of them that are followed to the end
 NOTHING_LEFT = 1e-10  # share of the targets' power below which a fit is exact
+MIN_POWER = 1e-200  # of taps that see nothing: its ridge must have a finite reciprocal
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Moments:
     def own_kernels(self, units: Tensor) -> Tensor:
         """Each unit's own least-squares kernel: (q,) indices → (q, p)."""
         eye = torch.eye(self.cross.shape[1], dtype=self.cross.dtype, device=self.cross.device)
-        power = self.taps[units].diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
+        power = self.taps[units].diagonal(dim1=1, dim2=2).mean(1).clamp_min(MIN_POWER)
         ridge = 1e-9 * power.view(-1, 1, 1) * eye
         return torch.linalg.solve(self.taps[units] + ridge, self.cross[units])
 
@@ -184,7 +185,7 @@ def _solve(moments: Moments, kernels: Tensor, label: Tensor, gain: Tensor, axis:
         sums[k, -2], sums[k, -1] = squares.sum(), mine.sum()
     sums = axis.sum(sums)
     system = sums[:, : p * p].unflatten(1, (p, p))  # (K, p, p)
-    power = system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
+    power = system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(MIN_POWER)
     ridge = RIDGE * power.view(-1, 1, 1) * torch.eye(p, dtype=sums.dtype, device=sums.device)
     missing = sums[:, p * p : -2] - (system @ kernels[..., None])[..., 0]  # (K, p)
     solved = kernels + torch.linalg.solve(system + ridge, missing)
