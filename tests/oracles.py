@@ -7,9 +7,8 @@ from torch import Tensor
 
 
 def logdet_i_plus(features: Tensor, alpha: float) -> Tensor:
-    """logdet(I_d + α ZᵀZ), always primal, by LU."""
-    z = features.double()
-    return torch.logdet(torch.eye(z.shape[1], dtype=torch.float64) + alpha * z.T @ z)
+    """logdet(I_d + α ZᵀZ) by the singular values of Z: exact however badly conditioned."""
+    return torch.log1p(alpha * torch.linalg.svdvals(features.double()).square()).sum()
 
 
 def efficient_coding_loss(
@@ -31,3 +30,31 @@ def largest_magnitudes(tensors: list[Tensor], num_kept: int) -> list[Tensor]:
     mask &= flat != 0
     pieces = mask.split([t.numel() for t in tensors])
     return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
+
+
+def coding_rate(features: Tensor, epsilon_squared: float) -> Tensor:
+    """R of MCR²."""
+    m, d = features.shape
+    return 0.5 * logdet_i_plus(features, d / (m * epsilon_squared))
+
+
+def class_coding_rate(features: Tensor, memberships: Tensor, epsilon_squared: float) -> Tensor:
+    """R_c of MCR² as published: LU log-determinants of d×d matrices, one for each class."""
+    z, pi = features.double(), memberships.double()
+    m, d = z.shape
+    value = torch.zeros((), dtype=torch.float64)
+    for k in range(pi.shape[1]):
+        m_k = pi[:, k].sum()
+        if m_k > 0:
+            second_moment = z.T @ torch.diag(pi[:, k]) @ z
+            eye = torch.eye(d, dtype=torch.float64)
+            logdet = torch.logdet(eye + d / (m_k * epsilon_squared) * second_moment)
+            value = value + m_k / (2 * m) * logdet
+    return value
+
+
+def rate_reduction(features: Tensor, memberships: Tensor, epsilon_squared: float) -> Tensor:
+    """ΔR of MCR²."""
+    return coding_rate(features, epsilon_squared) - class_coding_rate(
+        features, memberships, epsilon_squared
+    )

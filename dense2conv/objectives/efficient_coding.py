@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dense2conv.objectives.logdet import logdet_i_plus
 from dense2conv.objectives.rates import gaussian_information
+from dense2conv.objectives.sums import centred, total
 from dense2conv.shapes import SINGLE, InputError, Layout
 
 DEFAULT_NOISE_VARIANCE = 0.01
@@ -125,6 +125,7 @@ class EfficientCoding:
         num_features: int,
         layout: Layout = SINGLE,
         weight: Tensor | None = None,
+        name: str = "the layer",
     ) -> Terms:
         """R and (μ/2) E‖z‖² of the whole batch.
 
@@ -133,42 +134,17 @@ class EfficientCoding:
             num_samples, num_features: m and d.
             layout: how z is spread.
             weight: (d/tp, D), own rows, needed for ``noise_correction`` alone.
+            name: of the layer, for error messages.
         """
         if self.config.on == "post":
-            z = _Centre.apply(self._activation(z), num_samples, layout)
+            z = centred(self._activation(z), layout, num_samples)
         sigma_squared = self.config.sigma_squared(num_features)
-        rate = gaussian_information(z, sigma_squared, layout, num_samples, num_features)
+        rate = gaussian_information(z, sigma_squared, layout, num_samples, num_features, name)
         if self.config.noise_correction and weight is not None and self._input_noise_std > 0:
             # ½ logdet(I + (σ_in²/σ²) WWᵀ): Wᵀ is a (D, d) matrix whose features are spread like
             # z's.
             alpha = self._input_noise_std**2 / sigma_squared
             spread = Layout(features=layout.features)
-            rate = rate - 0.5 * logdet_i_plus(weight.T, alpha, spread, None, num_features)
-        power = _GlobalSum.apply(z.square().sum(), layout) * (self.config.power / 2 / num_samples)
-        return Terms(rate, power)
-
-
-class _GlobalSum(torch.autograd.Function):
-    """A scalar summed over all processes; every process seeks the gradient of its own addend."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, layout: Layout) -> Tensor:
-        return layout.samples.sum(layout.features.sum(value.clone()))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _Centre(torch.autograd.Function):
-    """Subtract each unit's whole-batch mean; the projection is its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, num_samples: int, layout: Layout) -> Tensor:
-        ctx.num_samples, ctx.layout = num_samples, layout
-        return a - layout.samples.sum(a.sum(0)) / num_samples
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0]
-        return grad - ctx.layout.samples.sum(grad.sum(0)) / ctx.num_samples, None, None
+            rate = rate - 0.5 * logdet_i_plus(weight.T, alpha, spread, None, num_features, name)
+        power = total(z.square().sum(), layout.samples, layout.features)
+        return Terms(rate, power * (self.config.power / 2 / num_samples))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
-from dense2conv.objectives import EfficientCoding, Terms
+from dense2conv.objectives import EfficientCoding, Terms, whole_batch
 from dense2conv.parallel.mesh import Mesh
 from dense2conv.parallel.pipeline import ForwardPipeline
 from dense2conv.shapes import Axis, InputError, Layout
@@ -107,15 +107,14 @@ class NativeEngine:
     def _code(self, i: int, outputs: list[Tensor]) -> Terms:
         """The objective of layer ``i`` on the whole batch, and its gradient through every piece."""
         layer = self.stack.layer(i)
-        z = torch.cat([z.detach() for z in outputs]).requires_grad_()  # (m/dp, d/tp)
         # A term in the weights alone is every dp rank's; one of them contributes its gradient.
         weight = layer.weight if self.mesh.dp.rank == 0 else layer.weight.detach()
         num_samples = self.batch // self.num_rates
-        terms = self.objective(z, num_samples, layer.num_units, self.rate_layout, weight)
-        terms.loss.backward()
-        assert z.grad is not None
-        gradients = (z.grad / self.num_rates).chunk(self.microbatches)
-        torch.autograd.backward(outputs, list(gradients))
+        with whole_batch(outputs) as z:  # (m/dp, d/tp)
+            terms = self.objective(
+                z, num_samples, layer.num_units, self.rate_layout, weight, layer_name(i)
+            )
+            (terms.loss / self.num_rates).backward()
         values = torch.stack([t.detach().double() for t in terms])
         if self.num_rates > 1:
             values = self.mesh.dp.sum(values) / self.num_rates
