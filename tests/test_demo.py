@@ -133,7 +133,7 @@ def test_permuted_pixels_give_the_same_radius_after_unpermuting(demo):
 def test_the_extracted_network_takes_the_dense_networks_inputs_and_gives_its_units(demo):
     demo("seed0")
     run = demo.folder / "runs/seed0"
-    untuned = load(run / "extracted" / "untuned")
+    untuned = load(run / "extracted" / "untuned").float()
     source = open_source(DataConfig(), seed=0)
     x = source.held_out(NUM_HELD_OUT)
     field = np.load(run / "fields/layer1_pruned.npz")

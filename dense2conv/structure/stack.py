@@ -155,8 +155,8 @@ def _structure(layer: nn.Module) -> dict[str, Any]:
 def load(path: Path | str) -> ExtractedStack:
     """The network that :func:`save` wrote; ``path`` is its folder or its json file.
 
-    On the CPU, bit for bit. Raises InputError, with the file and what to do, if a file is missing,
-    damaged or from another save.
+    On the CPU, bit for bit, in the precision it was trained in. Raises InputError, with the file and
+    what to do, if a file is missing, damaged or from another save.
     """
     path = Path(path)
     path = path / JSON_NAME if path.is_dir() else path
