@@ -16,7 +16,7 @@ from torch import Tensor
 from dense2conv.objectives.sums import joined, own, shared
 from dense2conv.shapes import Axis, Layout
 
-_LEAF = 64  # rows below which halving a product further costs more than it saves
+_LEAF = 100  # rows below which halving a product further costs more than it saves
 
 
 def small_gram(features: Tensor, layout: Layout, num_samples: int, num_features: int) -> Tensor:
