@@ -1,4 +1,4 @@
-"""The command line: ``dense2conv train|prune|extract|report`` with Hydra overrides."""
+"""The command line: ``dense2conv train|prune|extract|report|bench`` with Hydra overrides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dense2conv import __version__
+from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.data import ImageSource, open_source
 from dense2conv.files import write_atomically
 from dense2conv.parallel import Mesh, open_mesh
@@ -46,6 +47,10 @@ COMMANDS = {
     "prune": "mask the smallest weights of a run's newest checkpoint",
     "extract": "turn a run's pruned network into a convolution, verify and tune it",
     "report": "write a run's report.html",
+    "bench": "measure speed and memory beside the best alternative: bench NAME",
+}
+BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
+    "objective": (ObjectiveBench, bench_objective),
 }
 _STARTED = time.monotonic()
 
@@ -79,6 +84,8 @@ def _main(words: list[str]) -> int:
     command, overrides = words[0], words[1:]
     if command not in COMMANDS:
         raise InputError(f"command {command!r} is unknown{_closest(command, COMMANDS)}")
+    if command == "bench":
+        return _bench(overrides)
     if any(word in ("-h", "--help") for word in overrides):
         print(_help(command))
         return 0
@@ -89,6 +96,26 @@ def _main(words: list[str]) -> int:
         return run_local_ranks(config.parallel.world_size, words)
     with open_mesh(config.parallel) as mesh:
         run_phases(command, config, mesh)
+    return 0
+
+
+def _bench(words: list[str]) -> int:
+    name = words[0] if words and "=" not in words[0] else None
+    if name in (None, "-h", "--help"):
+        print(f"usage: dense2conv bench NAME [key=value …]\n\nNAME: {', '.join(BENCHES)}")
+        return 0
+    if name not in BENCHES:
+        raise InputError(f"benchmark {name!r} is unknown{_closest(str(name), BENCHES)}")
+    schema, measure = BENCHES[str(name)]
+    if any(word in ("-h", "--help") for word in words):
+        print("\n".join(_key_lines(schema())))
+        return 0
+    config: Any = OmegaConf.to_object(_compose(words[1:], schema))
+    config.validate()
+    if not inside_job() and config.parallel.world_size > 1:
+        return run_local_ranks(config.parallel.world_size, ["bench", *words])
+    with open_mesh(config.parallel) as mesh:
+        measure(config, mesh)
     return 0
 
 
@@ -188,13 +215,18 @@ def load_config(command: str, overrides: list[str]) -> Config:
     return config
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    ConfigStore.instance().store(name="schema", node=Config)
+def _compose(overrides: list[str], schema: type | None = None) -> DictConfig:
+    """A run's configuration from ``conf/``, or, of a ``schema``, its defaults; overrides on top."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    if schema is not None:
+        store.store(name="bench", node=schema)
     try:
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            return compose(config_name="config", overrides=overrides)
+            return compose(config_name="bench" if schema else "config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explain(error)) from error
+        keys = [key for key, _, _ in config_keys(schema() if schema else None)]
+        raise InputError(_explain(error, keys)) from error
 
 
 def _saved(composed: DictConfig, overrides: list[str]) -> DictConfig:
@@ -220,7 +252,7 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, keys: Sequence[str] = ()) -> str:
     """Hydra's message as one sentence, with the key that was probably meant."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__
@@ -232,8 +264,8 @@ def _explain(error: Exception) -> str:
     if unknown and "not in" in message:
         override = re.search(r"Could not override '([\w.]+)'", message)
         key = override.group(1) if override else unknown.group(1)
-        return f"key {key!r} is unknown{_closest(key, [k for k, _, _ in config_keys()])}"
-    return f"{message} (dense2conv train --help lists every key)"
+        return f"key {key!r} is unknown{_closest(key, keys)}"
+    return f"{message} (--help lists every key)"
 
 
 def _closest(word: str, choices: Any) -> str:
@@ -273,8 +305,8 @@ def _overview() -> str:
 
 def _help(command: str) -> str:
     """Every group and every key of a command, one line each."""
-    keys = config_keys()
-    width = max(len(f"{key}={_plain(value)}") for key, value, _ in keys if len(_plain(value)) < 20)
+    keys = _key_lines(Config())
+    width = _key_width(config_keys())
     groups = []
     for folder in sorted(p for p in config_folder().iterdir() if p.is_dir()):
         names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
@@ -289,11 +321,22 @@ def _help(command: str) -> str:
             *groups,
             "",
             "keys, with their defaults:",
-            *(f"  {f'{key}={_plain(value)}':{width}}  {text}" for key, value, text in keys),
+            *keys,
             "",
             "outside torchrun and Slurm the command starts its own local processes",
         ]
     )
+
+
+def _key_lines(config: Any) -> list[str]:
+    """Every key with its default and its help."""
+    keys = config_keys(config)
+    width = _key_width(keys)
+    return [f"  {f'{key}={_plain(value)}':{width}}  {text}" for key, value, text in keys]
+
+
+def _key_width(keys: list[tuple[str, Any, str]]) -> int:
+    return max(len(f"{key}={_plain(value)}") for key, value, _ in keys if len(_plain(value)) < 20)
 
 
 def _plain(value: Any) -> str:

@@ -12,6 +12,7 @@ FLOORS = {
     "parallel": 2,
     "training": 3,
     "report": 4,
+    "bench": 4,
     "cli": 5,
     "__main__": 6,
     "__init__": 0,

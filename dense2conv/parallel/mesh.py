@@ -66,6 +66,10 @@ class ParallelConfig:
                 f"parallel.microbatches={self.microbatches}; use a multiple of "
                 f"{self.dp * self.microbatches}"
             )
+        self.validate_device()
+
+    def validate_device(self) -> None:
+        """Raise InputError for a device that is unknown or not there."""
         if self.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"parallel.device={self.device!r} is unknown; use auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,1 @@
+"""Speed and memory beside the best alternative, in one run, as ratios."""
