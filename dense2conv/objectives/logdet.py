@@ -144,33 +144,48 @@ class _Work:
         t = self.terms
         whole = self.features.gather(z, t.d, 1)  # (m/dp, d)
         own = self.features.shard(t.d)
-        large = [batch for batch in t.batches if batch.index.shape[1] >= t.d]
-        moments = [self._class_moments(z, whole, batch) for batch in large]
-        if t.classes and t.classes.complete and len(large) == len(t.batches):
-            gram = torch.cat(moments).sum(0)  # ZᵀZ is the sum of its classes'
+        large = [self._held(batch) for batch in t.batches if batch.index.shape[1] >= t.d]
+        small = [batch for batch in t.batches if batch.index.shape[1] < t.d]
+        moments = [self._class_moments(z, whole, batch) for batch in large]  # (k, d, d) each
+        # If every sample is in one of these, ZᵀZ is their sum, and one product makes its gradient.
+        covered = t.classes is not None and t.classes.complete and not small
+        if covered:
+            gram = torch.cat(moments).sum(0)
         else:
             gram = gram_of(z.mT, whole.mT, self.features, self.samples)  # (d, d)
         value, matrix = self._term(gram)
-        grad = whole @ matrix[:, own.start : own.stop] if self.with_gradient else None
+        grad = None
+        if self.with_gradient:
+            grad = torch.zeros_like(z) if covered else whole @ matrix[:, own.start : own.stop]
         for batch, grams in zip(large, moments, strict=True):
             class_value, matrices = self._class_terms(grams, batch)
             value += class_value
             if grad is not None:
-                held = batch.within(self.samples.shard(t.m))
-                _add_rows(grad, held, held.rows(whole) @ matrices[:, :, own.start : own.stop])
-        small = [batch for batch in t.batches if batch.index.shape[1] < t.d]
+                matrices = matrices + matrix if covered else matrices
+                rows = batch.rows(whole) @ matrices[:, :, own.start : own.stop]
+                grad.index_add_(0, batch.index.flatten(), rows.flatten(0, 1))  # padding adds zeros
         if small:
             all_samples = self.samples.gather(z, t.m, 0)  # (m, d/tp)
         for batch in small:
             rows = batch.rows(all_samples)  # (k, n, d/tp)
-            class_value, matrices = self._class_terms(
-                gram_of(rows, rows, Axis(), self.features), batch
-            )
+            grams = gram_of(rows, rows, Axis(), self.features)
+            class_value, matrices = self._class_terms(grams, batch)
             value += class_value
             if grad is not None:
-                spread = self.samples.size > 1
-                _add_rows(grad, batch, matrices @ rows, self.samples.shard(t.m) if spread else None)
+                self._add_own(grad, batch.index.flatten(), (matrices @ rows).flatten(0, 1))
         return value, grad
+
+    def _held(self, batch: ClassBatch) -> ClassBatch:
+        """The classes among own samples."""
+        return batch if self.samples.size == 1 else batch.within(self.samples.shard(self.terms.m))
+
+    def _add_own(self, grad: Tensor, index: Tensor, rows: Tensor) -> None:
+        """Add those of ``rows`` to ``grad`` whose samples are held here; padding adds zeros."""
+        if self.samples.size > 1:
+            held = self.samples.shard(self.terms.m)
+            here = (index >= held.start) & (index < held.stop)
+            index, rows = index[here] - held.start, rows[here]
+        grad.index_add_(0, index, rows)
 
     def _term(self, gram: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted log-determinant of all samples, and its share of 2M."""
@@ -185,20 +200,10 @@ class _Work:
         return (weight * logdet).sum(), inverse.mul_(2 * weight[:, None, None].to(inverse.dtype))
 
     def _class_moments(self, z: Tensor, whole: Tensor, batch: ClassBatch) -> Tensor:
-        """Z_kᵀZ_k (k, d, d)."""
-        held = batch.within(self.samples.shard(self.terms.m))
-        rows = held.rows(z).mT  # (k, d/tp, n/dp)
-        all_rows = rows if self.features.size == 1 else held.rows(whole).mT
+        """Z_kᵀZ_k (k, d, d) of classes among own samples."""
+        rows = batch.rows(z).mT  # (k, d/tp, n/dp)
+        all_rows = rows if self.features.size == 1 else batch.rows(whole).mT
         return gram_of(rows, all_rows, self.features, self.samples)
-
-
-def _add_rows(grad: Tensor, batch: ClassBatch, rows: Tensor, held: range | None = None) -> None:
-    """Add ``rows`` (k, n, p) of the classes' samples to ``grad``, of which it has those ``held``."""
-    index, rows = batch.index.flatten(), rows.flatten(0, 1)
-    if held is not None:
-        here = (index >= held.start) & (index < held.stop)
-        index, rows = index[here] - held.start, rows[here]
-    grad.index_add_(0, index, rows)  # padding adds zeros
 
 
 def _composed(z: Tensor, terms: LogDetSum) -> Tensor:

@@ -92,6 +92,14 @@ def test_classes_that_degenerate(m, d):
     assert gradient.isfinite().all()
 
 
+def test_large_classes_that_cover_all_samples():
+    z, y = features(43, 6), torch.arange(43) % 4
+    found = values_and_gradients(lambda z: rate_reduction(z, y, 0.1), z)
+    pi = one_hot(y, 4)
+    expected = values_and_gradients(lambda z: oracles.rate_reduction(z, pi, 0.1), z)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize(("m", "d"), [(9, 4), (4, 9), (6, 6)])
 def test_labels_and_their_one_hot_memberships_agree(m, d):
     z, y = features(m, d), labels(m, 3)
@@ -237,6 +245,7 @@ def _sharded(dp, tp):
     with open_mesh(ParallelConfig(dp=dp, tp=tp)) as mesh:
         for m, d, num_classes in CASES:
             z, y = features(m, d), labels(m, num_classes)
+            y = y.clamp(min=0) if m > 4 * d else y  # every sample in a class of many
             pi = memberships(m, num_classes).clamp(min=0.05)
             rows, columns = mesh.dp.shard(m), mesh.tp.shard(d)
             block = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
