@@ -16,7 +16,7 @@ from torch import Tensor
 from dense2conv.objectives.sums import joined, own, shared
 from dense2conv.shapes import Axis, Layout
 
-_LEAF = 100  # rows below which halving a product further costs more than it saves
+_PANEL = 128  # rows of a product that are made at once
 
 
 def small_gram(features: Tensor, layout: Layout, num_samples: int, num_features: int) -> Tensor:
@@ -65,24 +65,18 @@ class _Gram(torch.autograd.Function):
 
 
 def symmetric_product(rows: Tensor) -> Tensor:
-    """AAᵀ (…, n, n) of A (…, n, p), each product of two blocks of rows made once.
+    """AAᵀ (…, n, n) of A (…, n, p), the upper half copied from the lower.
 
-    PyTorch has no symmetric rank-k product (BLAS' syrk): halving by rows saves up to half of the
-    multiplications with plain matrix products, on any device.
+    PyTorch has no symmetric rank-k product (BLAS' syrk). Panels of rows, each times the rows up to
+    its own, save up to half of the multiplications with plain matrix products, on any device.
     """
-    out = rows.new_empty(*rows.shape[:-1], rows.shape[-2])
-    _fill_symmetric(out, rows)
-    return out
-
-
-def _fill_symmetric(out: Tensor, rows: Tensor) -> None:
     n = rows.shape[-2]
-    if n <= 2 * _LEAF:
-        torch.matmul(rows, rows.mT, out=out)
-        return
-    half = n // 2
-    upper, lower = rows[..., :half, :], rows[..., half:, :]
-    _fill_symmetric(out[..., :half, :half], upper)
-    _fill_symmetric(out[..., half:, half:], lower)
-    torch.matmul(lower, upper.mT, out=out[..., half:, :half])
-    out[..., :half, half:] = out[..., half:, :half].mT
+    if n <= 2 * _PANEL:
+        return rows @ rows.mT
+    out = rows.new_empty(*rows.shape[:-1], n)
+    for start in range(0, n, _PANEL):
+        stop = min(start + _PANEL, n)
+        panel = out[..., start:stop, :stop]
+        torch.matmul(rows[..., start:stop, :], rows[..., :stop, :].mT, out=panel)
+        out[..., :start, start:stop] = panel[..., :start].mT
+    return out

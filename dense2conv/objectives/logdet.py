@@ -98,112 +98,111 @@ def logdet_sum(features: Tensor, terms: LogDetSum) -> Tensor:
 class _LogDetSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, terms: LogDetSum) -> Tensor:
-        work = _Work(terms, ctx.needs_input_grad[0])
-        value, grad = in_enough_digits(work.dual if terms.is_dual else work.primal, features)
+        form = _Dual if terms.is_dual else _Primal
         ctx.terms = terms
-        ctx.save_for_backward(features, grad)
-        return value.to(torch.promote_types(features.dtype, torch.float32))
+        ctx.form = in_enough_digits(lambda z: form(z, terms), features)
+        ctx.save_for_backward(features)
+        return ctx.form.value.to(torch.promote_types(features.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        features, grad = ctx.saved_tensors
+        (features,) = ctx.saved_tensors  # which also finds out if they were overwritten
         if torch.is_grad_enabled():  # differentiated again
             value = in_enough_digits(lambda z: _composed(z, ctx.terms), features)
             (grad,) = torch.autograd.grad(value, features, grads[0].to(value), create_graph=True)
             return grad, None
-        return (grad * grads[0].to(grad.dtype)).to(features.dtype), None
+        return ctx.form.gradient(grads[0]).to(features.dtype), None
 
 
-class _Work:
-    """Value and, if asked for, gradient of the sum, in the precision of the features given."""
+class _Dual:
+    """Fewer samples than features: one m×m Gram matrix, in which the classes' are blocks."""
 
-    def __init__(self, terms: LogDetSum, with_gradient: bool) -> None:
-        self.terms, self.with_gradient = terms, with_gradient
-        self.samples, self.features = terms.layout.samples, terms.layout.features
-
-    def dual(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Fewer samples than features: one m×m Gram matrix; the classes' are blocks of it."""
-        t = self.terms
-        whole = self.samples.gather(z, t.m, 0)  # (m, d/tp)
-        gram = gram_of(z, whole, self.samples, self.features)  # (m, m)
-        value, matrix = self._term(gram)
+    def __init__(self, z: Tensor, terms: LogDetSum) -> None:
+        t, samples = terms, terms.layout.samples
+        self.own = samples.shard(t.m)
+        self.whole = samples.gather(z, t.m, 0)  # (m, d/tp)
+        gram = gram_of(z, self.whole, samples, t.layout.features)  # (m, m)
+        self.value, self.matrix = _term(gram, t)
         for batch in t.batches:
             where = batch.index[:, :, None], batch.index[:, None, :]
-            class_value, blocks = self._class_terms(batch.clear_padding(gram[where]), batch)
-            value += class_value
-            if self.with_gradient:
-                # Classes share no sample, but padding all falls on one place: it adds zeros.
-                matrix.index_put_(where, batch.clear_padding(blocks), accumulate=True)
-        if not self.with_gradient:
-            return value, None
-        own = self.samples.shard(t.m)
-        return value, matrix[own.start : own.stop] @ whole
+            value, blocks = _class_terms(batch.clear_padding(gram[where]), batch, t)
+            self.value += value
+            # Classes share no sample, but padding all falls on one place: it adds zeros.
+            self.matrix.index_put_(where, batch.clear_padding(blocks), accumulate=True)
 
-    def primal(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """No more features than samples: d×d Gram matrices, n×n ones of classes of n < d samples."""
-        t = self.terms
-        whole = self.features.gather(z, t.d, 1)  # (m/dp, d)
-        own = self.features.shard(t.d)
-        large = [self._held(batch) for batch in t.batches if batch.index.shape[1] >= t.d]
+    def gradient(self, scale: Tensor) -> Tensor:
+        rows = self.matrix[self.own.start : self.own.stop]
+        return (rows * scale.to(rows.dtype)) @ self.whole
+
+
+class _Primal:
+    """No more features than samples: d×d Gram matrices, n×n ones of classes of n < d samples."""
+
+    def __init__(self, z: Tensor, terms: LogDetSum) -> None:
+        t, samples, features = terms, terms.layout.samples, terms.layout.features
+        self.own_samples, self.own_features = samples.shard(t.m), features.shard(t.d)
+        self.whole = features.gather(z, t.d, 1)  # (m/dp, d)
+        large = [batch for batch in t.batches if batch.index.shape[1] >= t.d]
         small = [batch for batch in t.batches if batch.index.shape[1] < t.d]
-        moments = [self._class_moments(z, whole, batch) for batch in large]  # (k, d, d) each
+        if samples.size > 1:
+            large = [batch.within(self.own_samples) for batch in large]
+        moments = []
+        for batch in large:
+            rows = batch.rows(z).mT  # (k, d/tp, n/dp)
+            all_rows = rows if features.size == 1 else batch.rows(self.whole).mT
+            moments.append(gram_of(rows, all_rows, features, samples))  # (k, d, d)
         # If every sample is in one of these, ZᵀZ is their sum, and one product makes its gradient.
-        covered = t.classes is not None and t.classes.complete and not small
-        if covered:
+        self.covered = t.classes is not None and t.classes.complete and not small
+        if self.covered:
             gram = torch.cat(moments).sum(0)
         else:
-            gram = gram_of(z.mT, whole.mT, self.features, self.samples)  # (d, d)
-        value, matrix = self._term(gram)
-        grad = None
-        if self.with_gradient:
-            grad = torch.zeros_like(z) if covered else whole @ matrix[:, own.start : own.stop]
+            gram = gram_of(z.mT, self.whole.mT, features, samples)  # (d, d)
+        self.value, self.matrix = _term(gram, t)
+        self.large, self.small = [], []
         for batch, grams in zip(large, moments, strict=True):
-            class_value, matrices = self._class_terms(grams, batch)
-            value += class_value
-            if grad is not None:
-                matrices = matrices + matrix if covered else matrices
-                rows = batch.rows(whole) @ matrices[:, :, own.start : own.stop]
-                grad.index_add_(0, batch.index.flatten(), rows.flatten(0, 1))  # padding adds zeros
-        if small:
-            all_samples = self.samples.gather(z, t.m, 0)  # (m, d/tp)
+            value, matrices = _class_terms(grams, batch, t)
+            self.value += value
+            self.large.append((batch, matrices + self.matrix if self.covered else matrices))
+        self.all_samples = samples.gather(z, t.m, 0) if small else z  # (m, d/tp)
         for batch in small:
-            rows = batch.rows(all_samples)  # (k, n, d/tp)
-            grams = gram_of(rows, rows, Axis(), self.features)
-            class_value, matrices = self._class_terms(grams, batch)
-            value += class_value
-            if grad is not None:
-                self._add_own(grad, batch.index.flatten(), (matrices @ rows).flatten(0, 1))
-        return value, grad
+            rows = batch.rows(self.all_samples)  # (k, n, d/tp)
+            value, matrices = _class_terms(gram_of(rows, rows, Axis(), features), batch, t)
+            self.value += value
+            self.small.append((batch, matrices))
 
-    def _held(self, batch: ClassBatch) -> ClassBatch:
-        """The classes among own samples."""
-        return batch if self.samples.size == 1 else batch.within(self.samples.shard(self.terms.m))
+    def gradient(self, scale: Tensor) -> Tensor:
+        scale = scale.to(self.matrix.dtype)
+        columns = slice(self.own_features.start, self.own_features.stop)
+        if self.covered:
+            grad = self.whole.new_zeros(len(self.whole), len(self.own_features))
+        else:
+            grad = self.whole @ (self.matrix[:, columns] * scale)  # (m/dp, d/tp)
+        # Rows that are padding are zeros.
+        for batch, matrices in self.large:
+            rows = batch.rows(self.whole) @ (matrices[:, :, columns] * scale)
+            grad.index_add_(0, batch.index.flatten(), rows.flatten(0, 1))
+        for batch, matrices in self.small:
+            rows = ((matrices * scale) @ batch.rows(self.all_samples)).flatten(0, 1)
+            index = batch.index.flatten()
+            if len(self.own_samples) < len(self.all_samples):
+                here = (index >= self.own_samples.start) & (index < self.own_samples.stop)
+                index, rows = index[here] - self.own_samples.start, rows[here]
+            grad.index_add_(0, index, rows)
+        return grad
 
-    def _add_own(self, grad: Tensor, index: Tensor, rows: Tensor) -> None:
-        """Add those of ``rows`` to ``grad`` whose samples are held here; padding adds zeros."""
-        if self.samples.size > 1:
-            held = self.samples.shard(self.terms.m)
-            here = (index >= held.start) & (index < held.stop)
-            index, rows = index[here] - held.start, rows[here]
-        grad.index_add_(0, index, rows)
 
-    def _term(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted log-determinant of all samples, and its share of 2M."""
-        t = self.terms
-        logdet, inverse = factorise(gram, gram.new_tensor(t.alpha, dtype=torch.float64), t.name)
-        return t.weight * logdet, inverse.mul_(2 * t.weight)
+def _term(gram: Tensor, terms: LogDetSum) -> tuple[Tensor, Tensor]:
+    """Weighted log-determinant of all samples, and its share of 2M."""
+    alpha = torch.tensor(terms.alpha, dtype=torch.float64, device=gram.device)
+    logdet, inverse = factorise(gram, alpha, terms.name)
+    return terms.weight * logdet, inverse.mul_(2 * terms.weight)
 
-    def _class_terms(self, grams: Tensor, batch: ClassBatch) -> tuple[Tensor, Tensor]:
-        t = self.terms
-        logdet, inverse = factorise(grams, t.class_alpha / batch.sizes, t.name)
-        weight = t.class_weight * batch.sizes
-        return (weight * logdet).sum(), inverse.mul_(2 * weight[:, None, None].to(inverse.dtype))
 
-    def _class_moments(self, z: Tensor, whole: Tensor, batch: ClassBatch) -> Tensor:
-        """Z_kᵀZ_k (k, d, d) of classes among own samples."""
-        rows = batch.rows(z).mT  # (k, d/tp, n/dp)
-        all_rows = rows if self.features.size == 1 else batch.rows(whole).mT
-        return gram_of(rows, all_rows, self.features, self.samples)
+def _class_terms(grams: Tensor, batch: ClassBatch, terms: LogDetSum) -> tuple[Tensor, Tensor]:
+    """Their sum over classes of Gram matrices (k, n, n), and their share of 2M."""
+    logdet, inverse = factorise(grams, terms.class_alpha / batch.sizes, terms.name)
+    weight = terms.class_weight * batch.sizes  # (k,)
+    return (weight * logdet).sum(), inverse.mul_(2 * weight[:, None, None].to(inverse.dtype))
 
 
 def _composed(z: Tensor, terms: LogDetSum) -> Tensor:
