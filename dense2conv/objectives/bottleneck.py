@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dense2conv.objectives.finite import require_finite
+from dense2conv.objectives.checks import require_finite
+from dense2conv.objectives.precision import in_full
 from dense2conv.objectives.sums import global_shape, total
 from dense2conv.rng import normal_rows
 from dense2conv.shapes import SINGLE, InputError, Layout
@@ -98,7 +99,7 @@ def vib_loss(
     """
     _require_beta(beta)
     _require_shapes(mean, log_variance, logits, labels)
-    mean, log_variance, logits = (_at_least_fp32(t) for t in (mean, log_variance, logits))
+    mean, log_variance, logits = (in_full(t)[0] for t in (mean, log_variance, logits))
     m, num_classes = global_shape(logits, Layout(samples=layout.samples), num_samples)
 
     counts = _label_counts(labels, num_classes, layout, m)  # (K,)
@@ -166,7 +167,3 @@ def _require_shapes(mean: Tensor, log_variance: Tensor, logits: Tensor, labels: 
         )
     if labels.is_floating_point():
         raise InputError(f"the labels are {labels.dtype}; give integers, one class a sample")
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

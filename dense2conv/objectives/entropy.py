@@ -16,9 +16,10 @@ import torch
 from scipy.special import digamma
 from torch import Tensor, nn
 
-from dense2conv.objectives.finite import require_finite
+from dense2conv.objectives.checks import require_at_least, require_finite
 from dense2conv.objectives.gram import small_gram
 from dense2conv.objectives.logdet import logdet_i_plus
+from dense2conv.objectives.precision import at_least_fp32
 from dense2conv.objectives.sums import global_shape, joined, mean_over_samples, own, shared, total
 from dense2conv.shapes import SINGLE, InputError, Layout
 
@@ -77,7 +78,7 @@ class GaussianEntropy(nn.Module):
     """:func:`gaussian_entropy` for one σ²: an entropy, to be maximised."""
 
     def __init__(self, noise_variance: float = 0.0) -> None:
-        _require_noise_variance(noise_variance)
+        require_at_least(0, noise_variance=noise_variance)
         super().__init__()
         self.noise_variance = noise_variance
 
@@ -99,7 +100,7 @@ class GaussianTotalCorrelation(nn.Module):
     """:func:`gaussian_total_correlation` for one σ², to be minimised."""
 
     def __init__(self, noise_variance: float = 0.0) -> None:
-        _require_noise_variance(noise_variance)
+        require_at_least(0, noise_variance=noise_variance)
         super().__init__()
         self.noise_variance = noise_variance
 
@@ -154,7 +155,7 @@ def marginal_entropies(
     values = joined(features.double(), layout.samples, m).sort(0).values  # (m, d/tp)
     gaps = values[spacing:] - values[:-spacing]  # (m - s, d/tp)
     entropies = gaps.log().mean(0) + float(digamma(m + 1) - digamma(spacing))  # (d/tp,)
-    return entropies.to(_precision(features))
+    return entropies.to(at_least_fp32(features.dtype))
 
 
 def knn_entropy(
@@ -204,7 +205,7 @@ def knn_entropy(
     log_volume = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
     white = float(digamma(m) - digamma(neighbours)) + log_volume + d * mean_log_radius
     entropy = white + factor.diagonal().log().sum()
-    return _require_continuous(entropy, name).to(_precision(features))
+    return _require_continuous(entropy, name).to(at_least_fp32(features.dtype))
 
 
 def total_correlation(
@@ -262,7 +263,9 @@ def gaussian_mutual_information(
     # Rounding may bring ρ² of two equal units past 1; the diagonal is kept out of the gradient.
     squares = correlation.square().clamp(max=1).masked_fill(itself, 0)
     information = -0.5 * torch.log1p(-squares)
-    return information.masked_fill(itself & varies[:, None], math.inf).to(_precision(features))
+    return information.masked_fill(itself & varies[:, None], math.inf).to(
+        at_least_fp32(features.dtype)
+    )
 
 
 @torch.no_grad()
@@ -312,7 +315,7 @@ def binned_mutual_information(
         torch.cat([_pairwise(a, b, num_bins, layout, m) for b in bins.split(block, 1)], 1)
         for a in bins[:, own_units.start : own_units.stop].split(block, 1)
     ]
-    return torch.cat(information).to(_precision(features))
+    return torch.cat(information).to(at_least_fp32(features.dtype))
 
 
 def _gaussian_entropies(
@@ -324,11 +327,11 @@ def _gaussian_entropies(
     name: str,
 ) -> tuple[Tensor, Tensor]:
     """The joint entropy, and the sum of all units' own: scalars."""
-    _require_noise_variance(noise_variance)
+    require_at_least(0, noise_variance=noise_variance)
     m, d = global_shape(features, layout, num_samples, num_features)
     deviations, variance = _deviations(features, layout, m, name)
     if noise_variance > 0:
-        z = deviations.to(_precision(features))
+        z = deviations.to(at_least_fp32(features.dtype))
         logdet = logdet_i_plus(z, 1 / (m * noise_variance), layout, m, d, name)
         logdet = logdet.double() + d * math.log(noise_variance)
     else:
@@ -336,7 +339,7 @@ def _gaussian_entropies(
         logdet = 2 * factor.diagonal().log().sum()
     logs = total((variance + noise_variance).log().sum(), layout.features)
     joint, marginals = (0.5 * (d * _LOG_2_PI_E + value) for value in (logdet, logs))
-    return joint.to(_precision(features)), marginals.to(_precision(features))
+    return joint.to(at_least_fp32(features.dtype)), marginals.to(at_least_fp32(features.dtype))
 
 
 def _deviations(
@@ -400,7 +403,7 @@ def _neighbours(
 
 def _quantile_bins(features: Tensor, num_bins: int, layout: Layout, num_samples: int) -> Tensor:
     """The bin of each own value among the whole batch's quantiles: (m/dp, d/tp) uint8."""
-    z = features.to(_precision(features))
+    z = features.to(at_least_fp32(features.dtype))
     ordered = layout.samples.gather(z, num_samples).sort(0).values  # (m, d/tp)
     first = torch.arange(1, num_bins, device=z.device) * num_samples // num_bins
     edges = ordered[first]  # (B - 1, d/tp)
@@ -432,11 +435,6 @@ def _miller_madow(counts: Tensor, num_samples: int) -> Tensor:
     return plug_in + ((counts > 0).double().sum(-1) - 1) / (2 * num_samples)
 
 
-def _require_noise_variance(noise_variance: float) -> None:
-    if not noise_variance >= 0:
-        raise InputError(f"noise_variance={noise_variance}; use 0 or more")
-
-
 def _require_finite_features(features: Tensor, layout: Layout, name: str) -> None:
     require_finite(total(features.detach().double().sum(), layout.samples, layout.features), name)
 
@@ -449,7 +447,3 @@ def _require_continuous(entropy: Tensor, name: str) -> Tensor:
             "or add a little noise"
         )
     return require_finite(entropy, name)
-
-
-def _precision(features: Tensor) -> torch.dtype:
-    return torch.promote_types(features.dtype, torch.float32)

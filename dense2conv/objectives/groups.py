@@ -15,7 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from dense2conv.objectives.finite import require_finite
+from dense2conv.objectives.checks import require_at_least, require_finite
+from dense2conv.objectives.precision import at_least_fp32
 from dense2conv.objectives.sums import global_shape, total
 from dense2conv.shapes import SINGLE, InputError, Layout
 
@@ -74,7 +75,7 @@ class Groups:
 
 def blocks(num_features: int, size: int) -> Groups:
     """Disjoint groups of ``size`` features in a row; the last one may be shorter."""
-    _require_at_least(1, num_features=num_features, size=size)
+    require_at_least(1, num_features=num_features, size=size)
     feature = torch.arange(num_features)
     return Groups(feature, feature // size, num_features, -(-num_features // size))
 
@@ -117,9 +118,9 @@ def group_norms(
     Raises:
         InputError: the groups are of another number of features; ε < 0.
     """
-    _require_at_least(0, smoothing=smoothing)
+    require_at_least(0, smoothing=smoothing)
     feature, group = groups.held(features, layout)
-    z = features.to(torch.promote_types(features.dtype, torch.float32))
+    z = features.to(at_least_fp32(features.dtype))
     # Transposed, so that whole rows are added: ten times as fast as columns.
     squares = z.square().mT.contiguous()[feature]  # (n/tp, m/dp)
     sums = z.new_zeros(groups.num_groups, len(z)).index_add(0, group, squares).mT
@@ -176,7 +177,7 @@ class GroupSparsity(nn.Module):
         name: str = "the layer",
     ) -> None:
         super().__init__()
-        _require_at_least(0, smoothing=smoothing)
+        require_at_least(0, smoothing=smoothing)
         self.groups, self.smoothing, self.layout, self.name = groups, smoothing, layout, name
 
     def forward(self, features: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def shrink_groups(
     Raises:
         InputError: groups overlap; t < 0.
     """
-    _require_at_least(0, threshold=threshold)
+    require_at_least(0, threshold=threshold)
     if groups.overlap > 1:
         raise InputError(
             f"a feature is in {groups.overlap} groups: overlapping groups have no proximal map in "
@@ -217,8 +218,8 @@ def shrink_groups(
 
 def _neighbourhoods(height: int, width: int, radius: tuple[int, int], wraps: bool) -> Groups:
     """A group round every place (y, x): all places within ``radius`` of it, down and across."""
-    _require_at_least(1, height=height, width=width)
-    _require_at_least(0, radius=radius[1])
+    require_at_least(1, height=height, width=width)
+    require_at_least(0, radius=radius[1])
     sides = (height, width)
     if wraps and any(2 * r + 1 > side for r, side in zip(radius, sides, strict=True)):
         raise InputError(
@@ -234,10 +235,3 @@ def _neighbourhoods(height: int, width: int, radius: tuple[int, int], wraps: boo
     if not wraps:
         feature, group = feature[inside], group[inside]
     return Groups(feature, group, height * width, height * width)
-
-
-def _require_at_least(least: int, **values: float) -> None:
-    """Raise InputError for the first value that is below ``least``, or no number."""
-    for key, value in values.items():
-        if not value >= least:
-            raise InputError(f"{key}={value}; use {least} or more")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dense2conv.objectives.finite import require_finite
+from dense2conv.objectives.checks import require_finite
+from dense2conv.objectives.precision import in_full
 from dense2conv.objectives.sums import global_shape, joined, shared, total
 from dense2conv.shapes import SINGLE, InputError, Layout
 
@@ -76,7 +76,7 @@ def infomax_loss(
     blind deconvolution.
     """
     log_density, _ = _squashing(nonlinearity)
-    z, w = _in_full(features, weight)
+    z, w = in_full(features, weight)
     m, d = _complete_shape(z, w, layout, num_samples, num_features, name)
     log_volume = torch.linalg.slogdet(joined(w, layout.features, d).double()).logabsdet
     if bool(torch.isneginf(log_volume)):
@@ -116,7 +116,7 @@ def infomax_natural_gradient(
     Source: Amari, Cichocki & Yang 1996, A new learning algorithm for blind signal separation.
     """
     _, score = _squashing(nonlinearity)
-    z, w = _in_full(features, weight)
+    z, w = in_full(features, weight)
     m, _ = _complete_shape(z, w, layout, num_samples, num_features, name)
     zw = layout.features.sum(z @ w)  # (m/dp, D)
     require_finite(layout.samples.sum(zw.sum(dtype=torch.float64)), name)
@@ -193,7 +193,7 @@ def rica_loss(
             f"inputs {tuple(inputs.shape)} and weights {tuple(weight.shape)} of {name} do not fit; "
             "use (m, D) and (d, D)"
         )
-    x, w = _in_full(inputs, weight)
+    x, w = in_full(inputs, weight)
     m, _ = global_shape(x, Layout(samples=layout.samples), num_samples)
     rows = shared(w, layout.samples)
     z = shared(x, layout.features) @ rows.mT  # (m/dp, d/tp)
@@ -271,9 +271,3 @@ def _complete_shape(
             f"{tuple(weight.shape)}: ICA needs as many units as inputs; use rica_loss for more"
         )
     return m, d
-
-
-def _in_full(*tensors: Tensor) -> list[Tensor]:
-    """All in one precision, at least fp32."""
-    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-    return [t.to(dtype) for t in tensors]

@@ -24,6 +24,7 @@ from torch import Tensor
 from dense2conv.objectives.classes import ClassBatch, Classes
 from dense2conv.objectives.factorisation import factorise, in_enough_digits, logdets
 from dense2conv.objectives.gram import gram_of, small_gram
+from dense2conv.objectives.precision import at_least_fp32
 from dense2conv.objectives.sums import global_shape, joined
 from dense2conv.shapes import SINGLE, Axis, Layout
 
@@ -102,7 +103,7 @@ class _LogDetSum(torch.autograd.Function):
         ctx.terms = terms
         ctx.form = in_enough_digits(lambda z: form(z, terms), features)
         ctx.save_for_backward(features)
-        return ctx.form.value.to(torch.promote_types(features.dtype, torch.float32))
+        return ctx.form.value.to(at_least_fp32(features.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

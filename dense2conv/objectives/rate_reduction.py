@@ -10,11 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dense2conv.objectives.checks import require_positive
 from dense2conv.objectives.classes import Classes
 from dense2conv.objectives.factorisation import in_enough_digits, logdets
 from dense2conv.objectives.gram import gram, small_gram
 from dense2conv.objectives.logdet import LogDetSum, logdet_sum
-from dense2conv.objectives.rates import CodingRate, require_positive
+from dense2conv.objectives.precision import at_least_fp32
+from dense2conv.objectives.rates import CodingRate
 from dense2conv.objectives.sums import global_shape, joined, shared, total
 from dense2conv.shapes import SINGLE, InputError, Layout
 
@@ -110,7 +112,7 @@ def _difference(
     if num_negative:
         raise InputError(f"{num_negative} memberships are negative; use 0 or more")
     value = in_enough_digits(lambda z: _soft(z, labels.to(z), terms), features)
-    return value.to(torch.promote_types(features.dtype, torch.float32))
+    return value.to(at_least_fp32(features.dtype))
 
 
 def _check(features: Tensor, labels: Tensor) -> None:

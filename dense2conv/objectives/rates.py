@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dense2conv.objectives.checks import require_positive
 from dense2conv.objectives.logdet import logdet_i_plus
 from dense2conv.objectives.sums import global_shape, shared, total
 from dense2conv.shapes import SINGLE, Axis, InputError, Layout
@@ -138,10 +139,3 @@ def scoped(layout: Layout, batch_scope: str) -> Layout:
     if batch_scope not in ("global", "local"):
         raise InputError(f"batch_scope={batch_scope!r} is unknown; use global or local")
     return layout if batch_scope == "global" else Layout(Axis(), layout.features)
-
-
-def require_positive(**values: float) -> None:
-    """Raise InputError for the first value that is not above zero."""
-    for key, value in values.items():
-        if not value > 0:
-            raise InputError(f"{key}={value}; use a positive number")

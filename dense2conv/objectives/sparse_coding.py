@@ -13,14 +13,14 @@ sparse code for natural images; with groups, Hyvärinen & Hoyer 2001.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dense2conv.objectives.finite import require_finite
+from dense2conv.objectives.checks import require_finite
 from dense2conv.objectives.groups import Groups, group_norms, shrink_groups
+from dense2conv.objectives.precision import in_full
 from dense2conv.objectives.sparsity import soft_threshold
 from dense2conv.objectives.sums import global_shape, shared, total
 from dense2conv.rng import INIT, generator, normal_rows
@@ -135,7 +135,7 @@ def sparse_coding_loss(
         InputError: the shapes do not fit.
         ValueError: the inputs, codes or atoms hold NaN or Inf.
     """
-    x, a, atoms = _in_full(inputs, codes, dictionary)
+    x, a, atoms = in_full(inputs, codes, dictionary)
     _require_fit(x, a, atoms, name)
     m, _ = global_shape(x, Layout(samples=layout.samples), num_samples)
     error = total(a @ shared(atoms, layout.samples), layout.features) - x  # (m/dp, D)
@@ -185,7 +185,7 @@ def sparse_codes(
         raise InputError(f"{num_iterations=}, {tolerance=}; use 0 or more")
     if start is None:
         start = inputs.new_zeros(len(inputs), len(dictionary))
-    x, codes, atoms = _in_full(inputs, start, dictionary)
+    x, codes, atoms = in_full(inputs, start, dictionary)
     _require_fit(x, codes, atoms, name)
     largest = _largest_eigenvalue(atoms.mT, Layout(features=layout.features), name)
     step = 1 / (largest + prior.curvature)
@@ -245,7 +245,7 @@ def updated_dictionary(
     """
     if num_steps < 1:
         raise InputError(f"{num_steps=}; use 1 or more")
-    x, a, atoms = _in_full(inputs, codes, dictionary)
+    x, a, atoms = in_full(inputs, codes, dictionary)
     _require_fit(x, a, atoms, name)
     m, d = global_shape(a, layout, num_samples)
     energy = layout.samples.sum(a.square().sum(0))  # (d/tp,)
@@ -359,9 +359,3 @@ def _require_fit(inputs: Tensor, codes: Tensor, dictionary: Tensor, name: str) -
             f"inputs {tuple(inputs.shape)}, codes {tuple(codes.shape)} and dictionary "
             f"{tuple(dictionary.shape)} of {name} do not fit; use (m, D), (m, d) and (d, D)"
         )
-
-
-def _in_full(*tensors: Tensor) -> list[Tensor]:
-    """All in one precision, at least fp32."""
-    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-    return [t.to(dtype) for t in tensors]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dense2conv.objectives.precision import at_least_fp32
 from dense2conv.shapes import Axis, InputError
 
 _CHUNK = 1 << 20  # weights that a temporary may copy: few megabytes, which caches hold
@@ -33,7 +34,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> None:
         weight: (d, D).
         threshold: t, a number or (d, 1), one for each row.
     """
-    limit = torch.as_tensor(threshold, dtype=_accumulator(weight), device=weight.device)
+    limit = torch.as_tensor(threshold, dtype=at_least_fp32(weight.dtype), device=weight.device)
     for rows in _row_chunks(weight):
         t = limit[rows] if limit.ndim else limit
         # w - clip(w, ±t) rather than sign·max(|w|-t, 0): zeros are exactly 0, and a bf16 weight is
@@ -45,7 +46,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> None:
 def hard_threshold(weight: Tensor, threshold: float) -> None:
     """In place, 0 for every weight (d, D) whose magnitude is below ``threshold``."""
     for rows in _row_chunks(weight):
-        small = weight[rows].to(_accumulator(weight)).abs() < threshold
+        small = weight[rows].to(at_least_fp32(weight.dtype)).abs() < threshold
         weight[rows].masked_fill_(small, 0)
 
 
@@ -225,11 +226,6 @@ def _row_chunks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _accumulator(weight: Tensor) -> torch.dtype:
-    """The weights' precision, at least fp32."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def _row_norms(weight: Tensor, order: int) -> Tensor:
     """‖w_i‖ of own rows in fp64: (d/tp,)."""
     norms = weight.new_empty(len(weight), dtype=torch.float64)
@@ -245,7 +241,7 @@ def _shrinkage(norms: Tensor, threshold: Tensor | float) -> Tensor:
 
 def _scale_(weight: Tensor, scale: Tensor) -> None:
     """In place, own rows times ``scale``: (d/tp, 1), or (D,) for columns."""
-    scale = scale.to(_accumulator(weight))
+    scale = scale.to(at_least_fp32(weight.dtype))
     for rows in _row_chunks(weight):
         weight[rows].mul_(scale[rows] if scale.ndim == 2 else scale)
 

@@ -22,8 +22,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dense2conv.objectives.finite import require_finite
-from dense2conv.objectives.rates import CodingRate, coding_rate, require_positive
+from dense2conv.objectives.checks import require_finite, require_positive
+from dense2conv.objectives.precision import at_least_fp32
+from dense2conv.objectives.rates import CodingRate, coding_rate
 from dense2conv.objectives.sums import global_shape, joined, own, shared, total
 from dense2conv.rng import INIT, normal_rows
 from dense2conv.shapes import SINGLE, Axis, InputError, Layout
@@ -95,7 +96,7 @@ def variational_class_rate(
     )
     rate = (counts * torch.log1p(d / epsilon_squared * a)).sum()
     value = require_finite((rate + penalty * misfit) / (2 * m), name)
-    return value.to(torch.promote_types(features.dtype, torch.float32))
+    return value.to(at_least_fp32(features.dtype))
 
 
 def variational_rate_reduction(
