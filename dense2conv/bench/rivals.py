@@ -5,8 +5,9 @@ z   (m, d) features, samples as rows
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,9 +70,15 @@ def published_rate_reduction(
 
 def lightly_rate(epsilon_squared: float) -> Rate | None:
     """R of lightly's EMP-SSL loss, if that package is there: pip install --no-deps lightly."""
-    try:
-        module = importlib.import_module("lightly.loss.emp_ssl_loss")
-    except ImportError:
+    package = importlib.util.find_spec("lightly")
+    if package is None or not package.submodule_search_locations:
         return None
+    # The one file: the package itself wants torchvision.
+    path = Path(package.submodule_search_locations[0]) / "loss" / "emp_ssl_loss.py"
+    spec = importlib.util.spec_from_file_location("emp_ssl_loss", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     rate: Callable[..., Tensor] = module.tcr_loss
     return lambda z: rate(z[None], epsilon_squared)

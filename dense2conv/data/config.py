@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 
 from dense2conv.shapes import ImageShape, InputError
 
+SETS = ("imagenet", "webdataset", "cifar10", "parquet")
+KINDS = ("natural", "folder", "noise", "gaussian", "mosaic", *SETS)
+TILES = 3  # tiles along the side of a mosaic
+MAX_COVARIANCE = 16_384  # pixels whose covariance is still held whole: 2 GiB in float64
+
 
 @dataclass
 class DataConfig:
@@ -13,16 +18,30 @@ class DataConfig:
 
     kind: str = field(
         default="natural",
-        metadata={"help": "natural (embedded photographs) | folder (data.root) | noise (control)"},
+        metadata={
+            "help": "natural (embedded photographs) | folder | imagenet | webdataset | cifar10 | parquet "
+            "(data.root) | mosaic, gaussian (made of photographs) | noise (control)"
+        },
     )
     root: str | None = field(
-        default=None, metadata={"help": "folder of images, searched recursively (data=folder)"}
+        default=None,
+        metadata={
+            "help": "the images: a folder, or shards such as train-{0000..0146}.tar or pipe:COMMAND"
+        },
+    )
+    held_out_root: str | None = field(
+        default=None,
+        metadata={"help": "held-out images; null: those that root calls val or test, or every 8th"},
     )
     side: int = field(default=16, metadata={"help": "side of the square patches, pixels"})
     channels: int = field(default=1, metadata={"help": "1 (grey) or 3 (colour)"})
     resize: int = field(
         default=0,
         metadata={"help": "resize photographs to this shorter side before cropping; 0: leave"},
+    )
+    flip: bool = field(
+        default=False,
+        metadata={"help": "mirror half of the training images of a set, at random"},
     )
     max_images: int = field(
         default=2000,
@@ -37,6 +56,38 @@ class DataConfig:
     permute_pixels: bool = field(
         default=False, metadata={"help": "control: permute all pixels by one fixed permutation"}
     )
+    whiten: str = field(
+        default="none",
+        metadata={"help": "none | zca: decorrelate the pixels, nearest to themselves"},
+    )
+    whiten_ridge: float = field(
+        default=0.01,
+        metadata={"help": "added to each variance before whitening (a pixel's mean variance = 1)"},
+    )
+    statistics_samples: int = field(
+        default=10_000,
+        metadata={"help": "training images on which a set's mean, and any covariance, is measured"},
+    )
+    on_error: str = field(
+        default="skip",
+        metadata={"help": "a bad image of a set: skip (count and name it, take the next) | fail"},
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "stop when more than this share of a set's images is bad"}
+    )
+    cache: str | None = field(
+        default=None,
+        metadata={"help": "folder for a set's decoded pixels, built once and memory-mapped"},
+    )
+    workers: int = field(default=4, metadata={"help": "threads that decode a set's images"})
+    prefetch: int = field(default=2, metadata={"help": "batches of a set that are read in advance"})
+    image_column: str = field(
+        default="image", metadata={"help": "column of encoded images (data=parquet)"}
+    )
+    label_column: str = field(
+        default="label",
+        metadata={"help": "column of integer labels, if there is one (data=parquet)"},
+    )
 
     @property
     def shape(self) -> ImageShape:
@@ -44,20 +95,50 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise InputError where the fields contradict each other."""
-        if self.kind not in ("natural", "folder", "noise"):
-            raise InputError(f"data.kind={self.kind!r} is unknown; use natural, folder or noise")
-        if self.kind == "folder" and not self.root:
-            raise InputError("data=folder needs a folder of images; set data.root=PATH")
+        for name, allowed in (
+            ("kind", KINDS),
+            ("whiten", ("none", "zca")),
+            ("on_error", ("skip", "fail")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"data.{name}={getattr(self, name)!r} is unknown; use {', '.join(allowed[:-1])} "
+                    f"or {allowed[-1]}"
+                )
+        if self.kind in ("folder", *SETS) and not self.root:
+            raise InputError(f"data={self.kind} needs images; set data.root=PATH")
         if self.channels not in (1, 3):
             raise InputError(f"data.channels={self.channels}; use 1 (grey) or 3 (colour)")
         if self.side < 2:
             raise InputError(f"data.side={self.side} is too small; use 2 pixels or more")
+        if self.kind == "mosaic" and self.side % TILES:
+            raise InputError(
+                f"data.side={self.side} does not divide into {TILES}×{TILES} tiles; "
+                f"use a multiple of {TILES}"
+            )
         if self.resize and self.resize < self.side:
             raise InputError(
                 f"data.resize={self.resize} is smaller than data.side={self.side}; "
                 "raise data.resize, or set it to 0"
             )
-        if self.input_noise_std < 0:
+        for name in ("input_noise_std", "max_bad_share", "prefetch"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"data.{name}={getattr(self, name)} is negative; use 0 or more")
+        if not self.whiten_ridge > 0:
+            raise InputError(f"data.whiten_ridge={self.whiten_ridge}; use a positive number")
+        for name, least in (("workers", 1), ("statistics_samples", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"data.{name}={getattr(self, name)}; use {least} or more")
+        if self.kind not in SETS:
+            for name in ("flip", "cache", "held_out_root"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"data.{name}={getattr(self, name)} has no meaning for data={self.kind}; it is "
+                        f"for {', '.join(SETS)}"
+                    )
+        if (self.whiten != "none" or self.kind == "gaussian") and self.shape.numel > MAX_COVARIANCE:
             raise InputError(
-                f"data.input_noise_std={self.input_noise_std} is negative; use 0 or more"
+                f"the covariance of {self.shape} = {self.shape.numel} pixels takes "
+                f"{self.shape.numel**2 * 8 / 2**30:.0f} GiB; lower data.side to "
+                f"{int((MAX_COVARIANCE / self.channels) ** 0.5)} or less, or use data.whiten=none"
             )

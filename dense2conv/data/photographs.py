@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from dense2conv.data.config import DataConfig
+from dense2conv.data.encoded import IMAGE_SUFFIXES
 from dense2conv.shapes import InputError
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ GREY_TRAIN = (*COLOUR_TRAIN, "coins.png")
 COLOUR_HELD_OUT = ("chelsea.png", "flower.jpg")
 GREY_HELD_OUT = (*COLOUR_HELD_OUT, "camera.png")
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 _HELD_OUT_EVERY = 8  # of a folder's images, every eighth is held out
 
 
@@ -44,7 +44,7 @@ def load_photographs(config: DataConfig, progress: bool = False) -> Photographs:
     Raises:
         InputError: the folder is missing, or holds too few readable images that are large enough.
     """
-    if config.kind == "folder":
+    if config.root and config.kind != "natural":
         return _folder(config, progress)
     train, held_out = (
         (GREY_TRAIN, GREY_HELD_OUT) if config.channels == 1 else (COLOUR_TRAIN, COLOUR_HELD_OUT)
@@ -90,10 +90,10 @@ def _folder(config: DataConfig, progress: bool) -> Photographs:
     root = Path(config.root or "").expanduser()
     if not root.is_dir():
         raise InputError(f"data.root={config.root} is not a folder; give one that holds images")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise InputError(
-            f"data.root={config.root} holds no images ({', '.join(sorted(_SUFFIXES))}); "
+            f"data.root={config.root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
             "give a folder of images"
         )
     if len(paths) > config.max_images:

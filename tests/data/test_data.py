@@ -1,5 +1,8 @@
 """Batches are a pure function of (seed, step), whoever reads which rows."""
 
+import hashlib
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +55,7 @@ def test_a_patch_is_cut_out_of_its_photograph():
     source = open_source(config, seed=4)
     mean = np.mean([p.reshape(-1, 3).mean(0) for p in photographs], axis=0)
     x = source.batch(0, 3, range(3)).double()
-    std = float(source._std)
+    std = float(source.std)
     patch = (x[1].view(3, 9, 9).permute(1, 2, 0).numpy() * std + mean).round().astype(int)
     windows = (
         np.lib.stride_tricks.sliding_window_view(p, (9, 9), axis=(0, 1)) for p in photographs
@@ -136,3 +139,95 @@ def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     with pytest.raises(InputError, match="0 of 1 images are readable"):
         open_source(DataConfig(kind="folder", root=str(tmp_path)), seed=0)
+
+
+def _striped_folder(path):
+    for i in range(10):
+        y, x = np.mgrid[: 20 + i, : 24 + 2 * i]
+        planes = [(x * 7 + y * 3 * i) % 256, (x * y + i) % 256, (y * 11 + x * i) % 256]
+        Image.fromarray(np.stack(planes, -1).astype(np.uint8)).save(path / f"{i}.png")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "hashes", "std", "first"),
+    [
+        (
+            {"side": 8},
+            ("e2797959c0e91fc5", "05d6c9ec7e5ddc70", "ef1bc8643378ea75"),
+            66.61968994140625,
+            [-0.616102933883667, -0.9613462090492249, -1.0814307928085327],
+        ),
+        (
+            {"side": 8, "channels": 3},
+            ("0ed1760542c8effe", "b5ce521ccd116685", "0a69e092c9d5f7fa"),
+            73.35035705566406,
+            [-1.2834516763687134, -1.4197837114334106, -1.4606832265853882],
+        ),
+        (
+            {"kind": "folder", "side": 8, "channels": 3},
+            ("2872477e605c32c3", "c84875d7d0cdc1c6", "c4fbdf63141f83ce"),
+            72.1242904663086,
+            [-0.9551897048950195, -0.8581350445747375, -0.7610803246498108],
+        ),
+        (
+            {"kind": "folder", "side": 8, "resize": 12},
+            ("c78774b1260440ec", "248b947f2d6ad182", "fe34a9e9d5307e86"),
+            48.4903564453125,
+            [-0.220124751329422, 0.17170573770999908, 0.43980029225349426],
+        ),
+    ],
+)
+def test_measured_figures_rest_on_these_very_patches(fields, hashes, std, first, tmp_path):
+    """Pixels bit for bit as in the first release; floats to rounding, which processors differ in."""
+    if fields.get("kind") == "folder":
+        fields = {**fields, "root": _striped_folder(tmp_path)}
+    source = open_source(DataConfig(**fields), seed=3)
+    reads = (
+        source.read(5, 40, range(7, 33)),
+        source.read_training_sample(50),
+        source.read_held_out(50),
+    )
+    found = [hashlib.sha256(images.pixels.numpy().tobytes()).hexdigest()[:16] for images in reads]
+    assert found == list(hashes)
+    assert float(source.std) == pytest.approx(std, rel=1e-6)
+    assert source.batch(5, 40, range(7, 33))[0, :3].tolist() == pytest.approx(first, abs=1e-5)
+
+
+def test_measured_figures_rest_on_this_very_noise():
+    source = open_source(DataConfig(kind="noise", side=6), seed=3)
+    rows = (
+        source.batch(5, 40, range(7, 33))[0],
+        source.held_out(2)[1],
+        source.training_sample(2)[1],
+    )
+    first = [float(row[0]) for row in rows]
+    assert first == pytest.approx([-0.9376486, -1.1699163, -0.0887014], abs=1e-5)
+
+
+def test_a_batch_is_what_was_read_standardised(natural):
+    for source in (natural, open_source(DataConfig(side=8, permute_pixels=True), seed=0)):
+        parts = [source.read(3, 10, rows).pixels for rows in (range(0, 4), range(4, 10))]
+        assert parts[0].dtype == torch.uint8
+        gathered = source.standardise(torch.cat(parts))
+        assert torch.equal(gathered, source.batch(3, 10, range(10)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kind": "mosaic", "side": 16}, "data.side=16 does not divide"),
+        ({"whiten": "pca"}, "data.whiten='pca'"),
+        ({"whiten": "zca", "side": 224, "channels": 3}, "169 GiB; lower data.side to 73"),
+        ({"whiten_ridge": -1.0}, "data.whiten_ridge=-1.0"),
+        ({"kind": "imagenet"}, "set data.root"),
+        ({"kind": "imagenet", "root": "x", "on_error": "ignore"}, "data.on_error='ignore'"),
+        ({"kind": "imagenet", "root": "x", "workers": 0}, "data.workers=0"),
+        ({"kind": "imagenet", "root": "x", "max_bad_share": -0.1}, "data.max_bad_share"),
+        ({"flip": True}, "data.flip=True has no meaning for data=natural"),
+        ({"cache": "/tmp"}, "data.cache=/tmp has no meaning for data=natural"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_named(fields, named):
+    with pytest.raises(InputError, match=re.escape(named)):
+        DataConfig(**fields).validate()
