@@ -88,6 +88,8 @@ def test_nan_and_inf_are_named_not_passed_on(bad):
     z[2, 1] = bad
     with pytest.raises(ValueError, match="NaN or Inf"):
         coding_rate(z, 0.1)
+    with pytest.raises(ValueError, match="features of layer2 hold NaN or Inf"):
+        EfficientCoding(ObjectiveConfig(), torch.abs)(z, 5, 3, name="layer2")
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
