@@ -54,11 +54,14 @@ def factorise(gram: Tensor, alpha: Tensor, name: str) -> tuple[Tensor, Tensor]:
     else:
         i_plus = gram.double() * scale
     i_plus.diagonal(dim1=-2, dim2=-1).add_(1)
-    factor, info = torch.linalg.cholesky_ex(i_plus)
+    # In place, of the transpose, which is the same matrix in LAPACK's order: no copies are made.
+    factor = i_plus.mT
+    info = torch.empty(gram.shape[:-2], dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     if bool(info.any()):
         raise ValueError(
             f"the features of {name} hold NaN or Inf; lower the learning rate, or look at the data"
-            if not bool(i_plus.isfinite().all())
+            if not bool(gram.isfinite().all())
             else f"I + αG of {name} is not positive definite: its features are too large for fp64"
         )
     logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)

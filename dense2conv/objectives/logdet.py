@@ -142,6 +142,7 @@ class _Primal:
     def __init__(self, z: Tensor, terms: LogDetSum) -> None:
         t, samples, features = terms, terms.layout.samples, terms.layout.features
         self.own_samples, self.own_features = samples.shard(t.m), features.shard(t.d)
+        self.is_spread = samples.size > 1
         self.whole = features.gather(z, t.d, 1)  # (m/dp, d)
         large = [batch for batch in t.batches if batch.index.shape[1] >= t.d]
         small = [batch for batch in t.batches if batch.index.shape[1] < t.d]
@@ -164,12 +165,12 @@ class _Primal:
             value, matrices = _class_terms(grams, batch, t)
             self.value += value
             self.large.append((batch, matrices + self.matrix if self.covered else matrices))
-        self.all_samples = samples.gather(z, t.m, 0) if small else z  # (m, d/tp)
+        all_samples = samples.gather(z, t.m, 0) if small else z  # (m, d/tp)
         for batch in small:
-            rows = batch.rows(self.all_samples)  # (k, n, d/tp)
+            rows = batch.rows(all_samples)  # (k, n, d/tp)
             value, matrices = _class_terms(gram_of(rows, rows, Axis(), features), batch, t)
             self.value += value
-            self.small.append((batch, matrices))
+            self.small.append((batch, rows, matrices))
 
     def gradient(self, scale: Tensor) -> Tensor:
         scale = scale.to(self.matrix.dtype)
@@ -182,10 +183,10 @@ class _Primal:
         for batch, matrices in self.large:
             rows = batch.rows(self.whole) @ (matrices[:, :, columns] * scale)
             grad.index_add_(0, batch.index.flatten(), rows.flatten(0, 1))
-        for batch, matrices in self.small:
-            rows = ((matrices * scale) @ batch.rows(self.all_samples)).flatten(0, 1)
+        for batch, rows, matrices in self.small:
+            rows = ((matrices * scale) @ rows).flatten(0, 1)
             index = batch.index.flatten()
-            if len(self.own_samples) < len(self.all_samples):
+            if self.is_spread:
                 here = (index >= self.own_samples.start) & (index < self.own_samples.stop)
                 index, rows = index[here] - self.own_samples.start, rows[here]
             grad.index_add_(0, index, rows)
