@@ -196,7 +196,7 @@ def _rows(
     shape: list[Any],
 ) -> list[dict[str, Any]]:
     """A row for each candidate, beside "ours", of [objective, samples, features, classes]."""
-    times = interleaved(works, config.pairs, config.seconds, _synchroniser(device))
+    times = interleaved(works, config.pairs, config.seconds, _synchroniser(device), repeat=True)
     memory = {name: peak_bytes(work, device) for name, work in works.items()}
     rows = []
     for name in works:

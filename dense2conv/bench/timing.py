@@ -1,7 +1,7 @@
 """Ratios of times from interleaved rounds, peak memory, and what the machine can do at best.
 
 A time on a shared machine means little; a ratio of two, taken one right after the other and often,
-does. Each round runs every candidate once, in turn.
+does. Each round runs every candidate in turn, the quick ones several times in a row, as training does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
 Work = Callable[[], object]
 
 _MIN_ROUNDS = 3
+_BLOCK_SECONDS = 0.2  # a candidate runs at least that long in each round
 
 
 @dataclass(frozen=True)
@@ -54,27 +55,38 @@ def interleaved(
     num_rounds: int,
     seconds: float,
     synchronise: Work = lambda: None,
+    repeat: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate in each of ``num_rounds`` rounds, after one to warm up.
+    """Seconds a call of every candidate in each of ``num_rounds`` rounds, after one to warm up.
 
-    Stops early, though not before three rounds, when ``seconds`` have passed. ``synchronise`` waits
-    for the device, or for the other processes.
+    Stops early, though not before three rounds, when ``seconds`` have passed.
+
+    Args:
+        candidates: what to run, by name.
+        num_rounds: the most rounds.
+        seconds: after which no further round begins.
+        synchronise: waits for the device, or for the other processes.
+        repeat: run quick candidates several times in a row. Processes that communicate would have
+            to agree on the number of times; there it is once.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    calls = dict.fromkeys(candidates, 1)
     began = time.perf_counter()
     for done in range(-1, num_rounds):
-        late = time.perf_counter() - began > seconds
-        if done >= _MIN_ROUNDS and late:
+        if done >= _MIN_ROUNDS and time.perf_counter() - began > seconds:
             break
         for name, work in candidates.items():
             gc.collect(0)
             synchronise()
             start = time.perf_counter()
-            work()
+            for _ in range(calls[name]):
+                work()
             synchronise()
-            elapsed = time.perf_counter() - start
+            elapsed = (time.perf_counter() - start) / calls[name]
             if done >= 0:
                 times[name].append(elapsed)
+            elif repeat:
+                calls[name] = max(1, round(_BLOCK_SECONDS / elapsed))
     return times
 
 

@@ -23,7 +23,9 @@ def test_it_prints_a_table_and_leaves_its_rows(tp, tmp_path, monkeypatch, capfd)
         assert (row["samples"], row["features"]) == (8, 24)
     else:
         found = {(row["objective"], row["samples"], row["candidate"]) for row in rows}
-        rates = {("R", m, name) for m in (40, 12) for name in ("ours", "primal", "dual", "textbook")}
+        rates = {
+            ("R", m, name) for m in (40, 12) for name in ("ours", "primal", "dual", "textbook")
+        }
         reductions = {
             ("ΔR", m, name)
             for m in (40, 12)

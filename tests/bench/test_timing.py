@@ -24,8 +24,11 @@ def test_rounds_are_interleaved_and_stop_in_time_but_not_before_three():
     times = interleaved(works, 5, 60)
     assert order == ["a", "b"] * 6  # one round to warm up
     assert [len(t) for t in times.values()] == [5, 5]
-    slow = interleaved({"sleep": lambda: time.sleep(0.01)}, 50, 0.0)
+    calls = []
+    slow = interleaved({"sleep": lambda: (calls.append(0), time.sleep(0.05))}, 50, 0.0, repeat=True)
     assert len(slow["sleep"]) == 3
+    assert len(calls) > 3 + 1  # several a round
+    assert slow["sleep"][0] == pytest.approx(0.05, rel=0.3)
 
 
 def test_peak_memory_counts_what_is_held_at_once():
