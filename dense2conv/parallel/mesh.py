@@ -166,7 +166,10 @@ def open_mesh(config: ParallelConfig) -> Iterator[Mesh]:
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     try:
-        yield make_mesh(config.pp, config.dp, config.tp, device)
+        mesh = make_mesh(config.pp, config.dp, config.tp, device)
+        # Nobody may fail, and be gone, while another one still connects to it.
+        dist.barrier()
+        yield mesh
     finally:
         dist.destroy_process_group()
 
