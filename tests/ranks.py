@@ -14,7 +14,7 @@ from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "dense2conv.training.loop"]
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "dense2conv.training.loop"]
 )
 _TIMEOUT_S = 120
 

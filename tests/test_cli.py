@@ -52,7 +52,7 @@ def run(*words: str) -> int:
         (["train", "parallel.pp=3"], "parallel.pp=3 is more than the 2 layers"),
         (["train", "parallel.dp=3"], "train.batch=1024 does not divide"),
         (["train", "objective.epsilon_squared=1", "objective.noise_variance=1"], "null"),
-        (["train", "objective.scope=network", "parallel.pp=2"], "parallel.pp=1"),
+        (["train", "engine=fairscale", "parallel.pp=2"], "parallel.pp=1"),
         (["train", "optimizer.name=Adamm"], "'Adamm'"),
         (["train", "engine=horovod"], "'horovod'"),
         (["train", "run.name=../escape"], "no folder name"),

@@ -1,8 +1,13 @@
-"""The forward-only pipeline: a stage sends activations on and never waits for a gradient.
+"""The pipeline: a stage sends activations on, and gradients back where the objective asks for them.
 
 With layer-wise objectives nothing flows back, so a stage may run ahead of the next one by as many
-batches as are in flight. Every process talks to the one with its own (dp, tp) place in the next
-stage and sends its own shard of the units; the receiving tensor-parallel group gathers them.
+batches as are in flight. With one objective at the top all pieces go forward, then all gradients
+back. Every process talks to the ones with its own (dp, tp) place in the neighbouring stages and
+sends its own shard of the units; the receiving tensor-parallel group gathers them.
+
+``torch.distributed.pipelining`` sends a micro-batch on as soon as a stage's module has seen it
+alone, and takes a loss of each. Here a stage standardises by the whole batch before it sends, and
+the rate is one number of the whole batch, so sends and receives are our own.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from dense2conv.parallel.mesh import Mesh
 _BATCHES_IN_FLIGHT = 2
 
 
-class ForwardPipeline:
+class Pipeline:
     """The two neighbours of a pipeline stage.
 
     Args:
@@ -38,22 +43,39 @@ class ForwardPipeline:
     def is_first(self) -> bool:
         return self._previous is None
 
+    @property
+    def is_last(self) -> bool:
+        return self._next is None
+
     def send(self, shard: Tensor) -> None:
-        """Send to the next stage; waits only when too many batches are in flight."""
-        while len(self._sent) >= self._max_sent:
-            self._sent.popleft()[0].wait()
-        shard = shard.contiguous()
-        work = dist.isend(shard, self._next)
-        assert work is not None
-        self._sent.append((work, shard))  # the tensor must outlive the sending
+        """Send to the next stage; waits only when too many pieces are in flight."""
+        self._send(shard, self._next)
 
     def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The next piece from the previous stage."""
-        shard = torch.empty(shape, dtype=dtype, device=self._device)
-        dist.recv(shard, self._previous)
-        return shard
+        return self._receive(torch.empty(shape, dtype=dtype, device=self._device), self._previous)
+
+    def send_gradient(self, gradient: Tensor) -> None:
+        """Send ∂L of a received piece to the previous stage."""
+        self._send(gradient, self._previous)
+
+    def receive_gradient(self, sent: Tensor) -> Tensor:
+        """∂L of the earliest sent piece, whose gradient is not here yet; like ``sent``."""
+        return self._receive(torch.empty_like(sent), self._next)
 
     def drain(self) -> None:
         """Wait until everything sent has arrived."""
         while self._sent:
             self._sent.popleft()[0].wait()
+
+    def _send(self, tensor: Tensor, peer: int | None) -> None:
+        while len(self._sent) >= self._max_sent:
+            self._sent.popleft()[0].wait()
+        tensor = tensor.detach().contiguous()
+        work = dist.isend(tensor, peer)
+        assert work is not None
+        self._sent.append((work, tensor))  # the tensor must outlive the sending
+
+    def _receive(self, tensor: Tensor, peer: int | None) -> Tensor:
+        dist.recv(tensor, peer)
+        return tensor

@@ -10,6 +10,7 @@ from dense2conv.data import DataConfig
 from dense2conv.models import ModelConfig
 from dense2conv.objectives import ObjectiveConfig
 from dense2conv.parallel import ParallelConfig
+from dense2conv.parallel.engines import DeepspeedConfig, validate_engine
 from dense2conv.pruning import PruneConfig
 from dense2conv.shapes import InputError
 from dense2conv.structure import ExtractConfig
@@ -60,13 +61,14 @@ class Config:
         default_factory=list,
         metadata={"help": "phases that follow training, e.g. then=[prune,extract,report]"},
     )
-    engine: str = field(default="native", metadata={"help": "native"})
+    engine: str = field(default="native", metadata={"help": "native | fairscale | deepspeed"})
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
@@ -96,17 +98,20 @@ class Config:
         ):
             group.validate()
         self.parallel.validate(self.model.widths, self.train.batch)
-        if self.engine != "native":
-            raise InputError(f"engine={self.engine!r} is not there; use engine=native")
+        validate_engine(
+            self.engine,
+            self.deepspeed,
+            self.parallel,
+            self.model,
+            self.objective,
+            self.optimizer.name,
+            self.train.torch_dtype,
+            self.optimizer.clip,
+        )
         if self.seed < 0:
             raise InputError(f"seed={self.seed}; use 0 or more")
         unknown = [phase for phase in self.then if phase not in PHASES]
         if unknown:
             raise InputError(
                 f"then={unknown} is unknown; use some of {list(PHASES)}, in that order"
-            )
-        if self.objective.scope == "network" and self.parallel.pp > 1:
-            raise InputError(
-                f"objective.scope=network with parallel.pp={self.parallel.pp}: gradients do not "
-                "cross pipeline stages yet; use objective.scope=layerwise, or parallel.pp=1"
             )

@@ -15,9 +15,9 @@ from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding
 from dense2conv.parallel import Mesh
-from dense2conv.parallel.engines import NativeEngine
+from dense2conv.parallel.engines import make_engine
 from dense2conv.structure.locality import receptive_fields
-from dense2conv.training import checkpoint
+from dense2conv.training.checkpoint import Checkpoints
 from dense2conv.training.config import Config
 from dense2conv.training.metrics import MetricsLog, layer_metrics
 from dense2conv.training.optim import learning_rate, make_optimizer
@@ -40,58 +40,54 @@ def train(
     optimizer = make_optimizer(config.optimizer, stack, config.objective.l1)
     objective = EfficientCoding(config.objective, stack.activation, config.data.input_noise_std)
     batch, steps = config.train.batch, config.train.steps
-    engine = NativeEngine(mesh, stack, objective, batch, config.parallel.microbatches)
 
-    start = 0
-    found = checkpoint.latest(folder.checkpoints) if config.resume else None
-    if found is not None:
-        start = checkpoint.load(found, mesh, stack, optimizer, identity(config))
-    else:
+    network, timeout_s = identity(config), config.parallel.timeout_s
+    checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, mesh, network, timeout_s)
+    start = checkpoints.resume(stack, optimizer) if config.resume else None
+    if start is None:
+        start = 0
         save_fields(config, mesh, folder, stack, "step00000000")
-
-    def save(step: int) -> None:
-        checkpoint.save(
-            folder.checkpoints,
-            mesh,
-            stack,
-            optimizer,
-            step,
-            identity(config),
-            config.checkpoint.keep,
-        )
+    engine = make_engine(
+        config.engine,
+        config.deepspeed,
+        mesh,
+        stack,
+        objective,
+        optimizer,
+        batch,
+        config.parallel.microbatches,
+        config.optimizer.clip,
+    )
 
     rows = mesh.dp.shard(batch)
     snapshots = {round(share * steps) for share in _SNAPSHOTS} - {0}
     metrics = MetricsLog(mesh, folder, start, steps, sinks)
     began = time.monotonic()
     for step in range(start, steps):
-        x = next_batch(config, mesh, source, step, rows) if engine.pipeline.is_first else None
+        x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
         terms = engine.forward_backward(x)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, steps)
-        optimizer.step()  # ends in the proximal step
-        optimizer.zero_grad()
-        for i in stack.indices:
-            stack.layer(i).apply_mask()
+        lr = learning_rate(config.optimizer, step, steps)
+        engine.step(lr)  # ends in the proximal step and the masks
 
         done = step + 1
-        values: dict[str, Tensor | float] = dict(
-            layer_metrics(mesh, stack, terms, config.objective.l1)
-        )
-        if done % config.log.radius_every == 0 or done == steps:
-            values |= median_radius(mesh, stack, source)
-        values["lr"] = optimizer.param_groups[0]["lr"]
+        values: dict[str, Tensor | float] = {"lr": lr}
+        with engine.whole():
+            values |= layer_metrics(mesh, stack, terms, config.objective.l1)
+            if done % config.log.radius_every == 0 or done == steps:
+                values |= median_radius(mesh, stack, source)
+            if done in snapshots:
+                save_fields(config, mesh, folder, stack, f"step{done:08d}")
         values["steps_per_second"] = (done - start) / (time.monotonic() - began)
         metrics.record(done, values)
         at_checkpoint = done % config.checkpoint.every == 0 or done == steps
         if at_checkpoint or done % config.log.every == 0:
             metrics.flush()
-        if done in snapshots:
-            save_fields(config, mesh, folder, stack, f"step{done:08d}")
         if at_checkpoint:
-            engine.pipeline.drain()
-            save(done)
+            engine.drain()
+            with engine.whole(with_optimizer=True):
+                checkpoints.save(done, stack, optimizer, values)
     metrics.close()
+    checkpoints.wait()
 
 
 def build_stack(config: Config, mesh: Mesh, num_inputs: int) -> DenseStack:

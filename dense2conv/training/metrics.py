@@ -90,8 +90,9 @@ def layer_metrics(
             rate, power = terms[layer_name(i)]
             values[f"{prefix}rate"], values[f"{prefix}power"] = rate, power
             values[f"{prefix}objective"] = rate - power - values[f"{prefix}l1"]
-    if 0 in stack.indices and layer_name(0) not in terms:  # one objective, that of the top layer
-        (top,) = terms
+    top = layer_name(stack.num_layers - 1)
+    if stack.num_layers > 1 and terms.keys() == {top}:
+        # One objective, that of the top layer; where there are more, the first stage's stands.
         values |= {key: values[f"{top}/{key}"] for key in ("rate", "power", "objective")}
     return values
 

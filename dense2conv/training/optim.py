@@ -30,6 +30,12 @@ class OptimizerConfig:
     final_lr: float = field(
         default=1e-3, metadata={"help": "share of the learning rate that the cosine ends at"}
     )
+    clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "limit of the gradient's norm: the network's, or each layer's if layer-wise"
+        },
+    )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "further arguments of the optimizer, e.g. '{momentum: 0.9}'"},

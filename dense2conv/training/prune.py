@@ -16,6 +16,7 @@ from dense2conv.parallel.mesh import flat_mesh
 from dense2conv.pruning import magnitude_mask
 from dense2conv.shapes import InputError
 from dense2conv.training import checkpoint
+from dense2conv.training.checkpoint import Checkpoints
 from dense2conv.training.config import Config
 from dense2conv.training.loop import build_stack, identity, save_fields
 from dense2conv.training.optim import make_optimizer
@@ -79,16 +80,10 @@ def prune(config: Config, mesh: Mesh, folder: RunFolder) -> None:
     for layer, mask in zip(layers, masks, strict=True):
         layer.set_mask(mask)
     save_fields(config, flat, folder, stack, "pruned")
-    checkpoint.save(
-        folder.checkpoints,
-        flat,
-        stack,
-        optimizer,
-        step,
-        identity(config),
-        config.checkpoint.keep,
-        pruned=True,
-    )
+    network, timeout_s = identity(config), config.parallel.timeout_s
+    checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, flat, network, timeout_s)
+    checkpoints.save(step, stack, optimizer, pruned=True)
+    checkpoints.wait()
     kept = [float(flat.tp.sum(mask.sum(dtype=torch.float64))) for mask in masks]
     if mesh.is_main:
         total = sum(sizes)

@@ -10,7 +10,8 @@ import torch
 from dense2conv.data import open_source
 from dense2conv.parallel import open_mesh
 from dense2conv.shapes import InputError
-from dense2conv.training import checkpoint, loop
+from dense2conv.training import loop
+from dense2conv.training.checkpoint import Checkpoints
 from dense2conv.training.config import Config
 from dense2conv.training.run_folder import RunFolder
 from tests.ranks import on_ranks
@@ -41,17 +42,17 @@ def _trained(mesh_sizes, steps, dtype, changes):
     """The whole weights after training, by layer, and the metrics of the last step."""
     config = small_config(steps, dtype, mesh_sizes)
     for key, value in changes.items():
-        group, name = key.split(".")
-        setattr(getattr(config, group), name, value)
+        *group, name = key.split(".")
+        setattr(getattr(config, group[0]) if group else config, name, value)
     config.validate()
     weights: dict[int, torch.Tensor] = {}
 
-    def keep(folder, mesh, stack, *_):
+    def keep(checkpoints, step, stack, *_):
         for i in stack.indices:
             layer = stack.layer(i)
-            weights[i] = mesh.tp.gather(layer.weight.detach().clone(), layer.num_units)
+            weights[i] = checkpoints.mesh.tp.gather(layer.weight.detach().clone(), layer.num_units)
 
-    save, checkpoint.save = checkpoint.save, keep
+    save, Checkpoints.save = Checkpoints.save, keep
     try:
         with open_mesh(config.parallel) as mesh:
             folder = RunFolder(Path(mesh.broadcast_object(tempfile.mkdtemp())))
@@ -59,7 +60,7 @@ def _trained(mesh_sizes, steps, dtype, changes):
             loop.train(config, mesh, folder, open_source(config.data, config.seed), [])
             last = json.loads(folder.metrics.read_text().splitlines()[-1]) if mesh.is_main else {}
     finally:
-        checkpoint.save = save
+        Checkpoints.save = save
     return weights, last
 
 
@@ -67,9 +68,10 @@ _single: dict[str, tuple[dict[int, torch.Tensor], dict[str, float]]] = {}
 
 
 def _compare(mesh, steps, dtype, changes, tolerance):
-    key = repr((steps, dtype, changes))
+    native = changes | {"engine": "native"}
+    key = repr((steps, dtype, native))
     if key not in _single:
-        (_single[key],) = on_ranks(1, _trained, (1, 1, 1, 1), steps, dtype, changes)
+        (_single[key],) = on_ranks(1, _trained, (1, 1, 1, 1), steps, dtype, native)
     expected, expected_metrics = _single[key]
     found: dict[int, torch.Tensor] = {}
     metrics: dict[str, float] = {}
@@ -100,12 +102,32 @@ def test_fp32_weights_after_30_steps(mesh):
     _compare(mesh, 30, "float32", {}, 1e-4)
 
 
+# |z| at the top repels units from its kink and magnifies rounding at once; tanh does not.
+NETWORK = {"objective.scope": "network", "model.nonlinearity": "tanh"}
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 1, 1), (2, 1, 2, 3), (3, 1, 1, 2)])
+def test_one_objective_of_a_network_over_several_stages(mesh):
+    _compare(mesh, 25, "float64", NETWORK, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ((1, 1, 2, 1), {"engine": "fairscale", "model.widths": [36, 18, 10]}),
+        ((1, 2, 1, 1), {"engine": "deepspeed", "deepspeed.zero": 3}),
+    ],
+)
+def test_other_engines(mesh, changes):
+    optimizer = {"optimizer.name": "AdamW", "optimizer.lr": 0.002}
+    _compare(mesh, 20, "float32", NETWORK | optimizer | changes, 1e-4)
+
+
 @pytest.mark.parametrize("mesh", [(1, 2, 2, 2), (1, 1, 1, 3)])
 @pytest.mark.parametrize(
     "changes",
     [
-        # |z| at the top repels units from its kink and magnifies rounding at once; tanh does not.
-        {"objective.scope": "network", "model.nonlinearity": "tanh"},
+        NETWORK,
         {"objective.on": "post", "model.nonlinearity": "tanh", "model.bias": True},
         {"objective.noise_correction": True, "train.batch": 24},  # dual: fewer samples than units
         {"optimizer.name": "AdamW", "optimizer.lr": 0.002},

@@ -1,34 +1,40 @@
-"""The native engine: hand-sharded layers, exact whole-batch objectives, a forward-only pipeline.
+"""The native engine: hand-sharded layers, exact whole-batch objectives, a pipeline of stages.
 
 m   samples of the global batch     d   units, d/tp held here     M   micro-batches
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
-from dense2conv.objectives import EfficientCoding, Terms, whole_batch
+from dense2conv.objectives import EfficientCoding, Terms
 from dense2conv.parallel.mesh import Mesh
-from dense2conv.parallel.pipeline import ForwardPipeline
-from dense2conv.shapes import Axis, InputError, Layout
+from dense2conv.parallel.pipeline import Pipeline
+from dense2conv.shapes import Axis, Layout
 
 
 class NativeEngine:
-    """Forward and backward of one process's share of the network.
+    """Forward, backward and step of one process's share of the network; methods as in ``Engine``.
 
     Args:
         mesh: the mesh.
         stack: the layers and units that this process holds.
         objective: of every layer, or of the last one in the network scope.
+        optimizer: of the stack's parameters; its step ends in the proximal step.
         batch: m, the size of the global batch.
         microbatches: pieces the batch is fed forward in. Whatever their number, the objective sees
             the whole batch once.
-
-    Raises:
-        InputError: a network-wide objective on several pipeline stages.
+        clip: what the norm of the gradients is limited to, of all layers in the network scope, of
+            each one otherwise; None: not at all.
     """
 
     def __init__(
@@ -36,92 +42,170 @@ class NativeEngine:
         mesh: Mesh,
         stack: DenseStack,
         objective: EfficientCoding,
+        optimizer: Optimizer,
         batch: int,
         microbatches: int = 1,
+        clip: float | None = None,
     ) -> None:
-        self.mesh, self.stack, self.objective = mesh, stack, objective
-        self.batch, self.microbatches = batch, microbatches
+        self.mesh, self.stack, self.objective, self.optimizer = mesh, stack, objective, optimizer
+        self.batch, self.microbatches, self.clip = batch, microbatches, clip
         self.network_scope = objective.config.scope == "network"
-        if self.network_scope and mesh.pp.size > 1:
-            raise InputError(
-                f"objective.scope=network with parallel.pp={mesh.pp.size}: gradients do not cross "
-                "pipeline stages yet; use objective.scope=layerwise, or parallel.pp=1"
-            )
-        self.pipeline = ForwardPipeline(mesh, microbatches)
+        top = stack.num_layers - 1
+        self.coded = [i for i in stack.indices if i == top or not self.network_scope]
+        self.pipeline = Pipeline(mesh, microbatches)
         # batch_scope=local is another objective: the mean over dp of the rates of each share.
         self.num_rates = mesh.dp.size if objective.config.batch_scope == "local" else 1
         self.rate_layout = (
             mesh.layout if self.num_rates == 1 else Layout(samples=Axis(), features=mesh.tp)
         )
 
+    @property
+    def takes_images(self) -> bool:
+        return self.pipeline.is_first
+
     def forward_backward(self, x: Tensor | None) -> dict[str, Terms]:
-        """Fill the gradients of the held weights.
-
-        Args:
-            x: (m/dp, D), own samples of the batch; None except on the first stage.
-
-        Returns:
-            The terms of the held layers' objectives in nats a unit, by name.
-        """
-        indices = self.stack.indices
-        outputs: dict[int, list[Tensor]] = {}  # of each layer, M tensors (m/dp/M, d/tp)
-        pieces = self._receive(x)
-        for i in indices:
-            layer = self.stack.layer(i)
-            outputs[i] = [layer(piece) for piece in pieces]
-            if i < self.stack.num_layers - 1:
-                shown = self._show(i, outputs[i])
-                if i + 1 in indices:
-                    pieces = [self.stack.join(i + 1, piece) for piece in shown]
-                else:
-                    for piece in shown:
-                        self.pipeline.send(piece)
-        coded = indices[-1:] if self.network_scope else indices
-        terms = {layer_name(i): self._code(i, outputs[i]) for i in coded}
+        received: list[Tensor] = []
+        outputs, shown = self.forward(self._receive(received) if x is None else self.pieces(x))
+        terms: dict[str, Terms] = {}
+        for i in self.coded:
+            terms[layer_name(i)], slopes = self._code_whole_batch(i, outputs[i])
+            self._backward(outputs[i], slopes, received)
+        if self.network_scope and not self.pipeline.is_last:
+            self._backward(shown, map(self.pipeline.receive_gradient, shown), received)
         self._sum_gradients()
         return terms
 
-    def _receive(self, x: Tensor | None) -> list[Tensor]:
-        """The input of the first held layer, M pieces (m/dp/M, D)."""
-        first = self.stack.layer(self.stack.indices[0])
-        if x is not None:
-            return list(x.chunk(self.microbatches))
-        below = self.mesh.tp.shard(first.num_inputs)
-        rows = len(self.mesh.dp.shard(self.batch)) // self.microbatches
-        shards = (
-            self.pipeline.receive((rows, len(below)), first.weight.dtype)
-            for _ in range(self.microbatches)
-        )
-        return [self.stack.join(self.stack.indices[0], shard) for shard in shards]
+    def step(self, learning_rate: float) -> None:
+        self._clip_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.apply_masks()
 
-    def _show(self, i: int, outputs: list[Tensor]) -> list[Tensor]:
-        """What layer ``i`` shows the next one: M pieces (m/dp/M, d/tp); gradients pass by scope."""
-        if not self.network_scope:
-            outputs = [z.detach() for z in outputs]
+    def whole(self, with_optimizer: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def drain(self) -> None:
+        self.pipeline.drain()
+
+    def pieces(self, x: Tensor) -> Iterable[Tensor]:
+        """The micro-batches, M pieces (m/dp/M, D), of own samples (m/dp, D)."""
+        return x.chunk(self.microbatches)
+
+    def forward(self, pieces: Iterable[Tensor]) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+        """All pieces through the held layers and on to the next stage.
+
+        Returns:
+            The linear outputs of each held layer, M pieces (m/dp/M, d/tp), and what the last of
+            them shows the next stage: the output itself where there is none.
+        """
+        outputs: dict[int, list[Tensor]] = {i: [] for i in self.stack.indices}
+        for i in self.stack.indices:
+            pieces = self._layer(i, pieces, outputs[i])
+        shown = []
+        for piece in pieces:
+            shown.append(piece)
+            if not self.pipeline.is_last:
+                self.pipeline.send(piece)
+        return outputs, shown
+
+    def _layer(self, i: int, pieces: Iterable[Tensor], outputs: list[Tensor]) -> Iterator[Tensor]:
+        """Layer ``i`` on pieces as they come: keeps its outputs and yields what it shows of them."""
         normaliser = self.stack.normaliser(i)
-        if normaliser is not None:
+        for piece in pieces:
+            outputs.append(self.linear(i, piece if i == 0 else self.join(i, piece)))
+            if normaliser is None:
+                yield self._show(i, outputs[-1])
+        if normaliser is not None:  # which has to see the whole batch first
             activations = self.stack.activation(torch.cat(outputs).detach())
             normaliser.update(activations, self.batch, self.mesh.layout)
-        return [self.stack.emit(i, z) for z in outputs]
+            yield from (self._show(i, z) for z in outputs)
 
-    def _code(self, i: int, outputs: list[Tensor]) -> Terms:
-        """The objective of layer ``i`` on the whole batch, and its gradient through every piece."""
+    def linear(self, i: int, x: Tensor) -> Tensor:
+        """The output (m/dp/M, d/tp) of layer ``i`` for its whole input (m/dp/M, D)."""
+        output: Tensor = self.stack.layer(i)(x)
+        return output
+
+    def join(self, i: int, shard: Tensor) -> Tensor:
+        """The whole input (m/dp/M, D) of layer ``i``, of which (m/dp/M, D/tp) is held here."""
+        return self.stack.join(i, shard)
+
+    def _show(self, i: int, z: Tensor) -> Tensor:
+        """What layer ``i`` shows the next one: (m/dp/M, d/tp); gradients pass by scope."""
+        if i == self.stack.num_layers - 1:
+            return z
+        return self.stack.emit(i, z if self.network_scope else z.detach())
+
+    def _receive(self, received: list[Tensor]) -> Iterator[Tensor]:
+        """The previous stage's pieces as they come; keeps those whose gradient it is to have."""
+        first = self.stack.layer(self.stack.indices[0])
+        rows = len(self.mesh.dp.shard(self.batch)) // self.microbatches
+        below = self.mesh.tp.shard(first.num_inputs)
+        for _ in range(self.microbatches):
+            shard = self.pipeline.receive((rows, len(below)), first.weight.dtype)
+            if self.network_scope:
+                received.append(shard.requires_grad_())
+            yield shard
+
+    def _code_whole_batch(self, i: int, outputs: list[Tensor]) -> tuple[Terms, Iterable[Tensor]]:
+        """The objective of layer ``i`` once, on all pieces, and each one's slice of ∂L/∂Z.
+
+        A rate is no mean over samples: the pieces' own rates would have other gradients.
+        """
+        z = torch.cat([piece.detach() for piece in outputs]).requires_grad_()  # (m/dp, d/tp)
+        loss, terms = self.code(i, z)
+        loss.backward()
+        assert z.grad is not None
+        return terms, z.grad.split([len(piece) for piece in outputs])
+
+    def code(self, i: int, z: Tensor) -> tuple[Tensor, Terms]:
+        """The loss of layer ``i`` and its terms in nats a unit, for the whole batch's z (m/dp, d/tp)."""
         layer = self.stack.layer(i)
         # A term in the weights alone is every dp rank's; one of them contributes its gradient.
         weight = layer.weight if self.mesh.dp.rank == 0 else layer.weight.detach()
         num_samples = self.batch // self.num_rates
-        with whole_batch(outputs) as z:  # (m/dp, d/tp)
-            terms = self.objective(
-                z, num_samples, layer.num_units, self.rate_layout, weight, layer_name(i)
-            )
-            (terms.loss / self.num_rates).backward()
+        terms = self.objective(
+            z, num_samples, layer.num_units, self.rate_layout, weight, layer_name(i)
+        )
         values = torch.stack([t.detach().double() for t in terms])
         if self.num_rates > 1:
             values = self.mesh.dp.sum(values) / self.num_rates
-        return Terms(*(values / layer.num_units).unbind())
+        return terms.loss / self.num_rates, Terms(*(values / layer.num_units).unbind())
+
+    def _backward(
+        self, pieces: list[Tensor], slopes: Iterable[Tensor], received: list[Tensor]
+    ) -> None:
+        """Backward from M pieces, and on to the previous stage through what was received from it."""
+        for k, (piece, slope) in enumerate(zip(pieces, slopes, strict=True)):
+            piece.backward(slope)
+            if received:
+                gradient = received[k].grad
+                assert gradient is not None
+                self.pipeline.send_gradient(gradient)
 
     def _sum_gradients(self) -> None:
         """Every process has the gradient of the one objective for its samples: add them over dp."""
         for parameter in self.stack.parameters():
             if parameter.grad is not None:
                 parameter.grad = self.mesh.dp.sum(parameter.grad)
+
+    def _clip_gradients(self) -> None:
+        """Limit the norm of each layer's gradient, or of all layers' together in the network scope.
+
+        Layer-wise objectives leave the stages uncoupled, which a norm of all layers would not.
+        """
+        if self.clip is None:
+            return
+        layers = [list(self.stack.layer(i).parameters()) for i in self.stack.indices]
+        for parameters in [list(chain(*layers))] if self.network_scope else layers:
+            # Processes along dp hold the same gradient already.
+            square = self.mesh.tp.sum(get_total_norm([p.grad for p in parameters]).square())  # type: ignore[misc]
+            if self.network_scope:
+                square = self.mesh.pp.sum(square)
+            clip_grads_with_norm_(parameters, self.clip, square.sqrt())
+
+    def apply_masks(self) -> None:
+        """Zero the pruned weights again."""
+        for i in self.stack.indices:
+            self.stack.layer(i).apply_mask()
