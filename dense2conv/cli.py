@@ -23,6 +23,7 @@ from yaml import YAMLError
 
 from dense2conv import __version__
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
+from dense2conv.bench.step import StepBench, bench_step
 from dense2conv.data import ImageSource, open_source
 from dense2conv.files import write_atomically
 from dense2conv.parallel import Mesh, open_mesh
@@ -32,6 +33,8 @@ from dense2conv.parallel.launch import (
     inside_job,
     run_local_ranks,
 )
+from dense2conv.planner import PlanConfig, as_json, make_plan
+from dense2conv.planner import table as plan_table
 from dense2conv.report import table, write_report
 from dense2conv.report.pictures import run_pictures
 from dense2conv.shapes import InputError
@@ -47,10 +50,12 @@ COMMANDS = {
     "prune": "mask the smallest weights of a run's newest checkpoint",
     "extract": "turn a run's pruned network into a convolution, verify and tune it",
     "report": "write a run's report.html",
+    "plan": "memory, traffic and time of a run on a cluster: plan cluster=h200x8 nodes=16",
     "bench": "measure speed and memory beside the best alternative: bench NAME",
 }
 BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
     "objective": (ObjectiveBench, bench_objective),
+    "step": (StepBench, bench_step),
 }
 _STARTED = time.monotonic()
 
@@ -86,6 +91,8 @@ def _main(words: list[str]) -> int:
         raise InputError(f"command {command!r} is unknown{_closest(command, COMMANDS)}")
     if command == "bench":
         return _bench(overrides)
+    if command == "plan":
+        return _plan(overrides)
     if any(word in ("-h", "--help") for word in overrides):
         print(_help(command))
         return 0
@@ -116,6 +123,16 @@ def _bench(words: list[str]) -> int:
         return run_local_ranks(config.parallel.world_size, ["bench", *words])
     with open_mesh(config.parallel) as mesh:
         measure(config, mesh)
+    return 0
+
+
+def _plan(words: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        print(_help("plan", PlanConfig()))
+        return 0
+    config: Any = OmegaConf.to_object(_compose(words, run=PlanConfig))
+    plan = make_plan(config)
+    print(as_json(plan) if config.json else plan_table(plan))
     return 0
 
 
@@ -215,17 +232,19 @@ def load_config(command: str, overrides: list[str]) -> Config:
     return config
 
 
-def _compose(overrides: list[str], schema: type | None = None) -> DictConfig:
+def _compose(
+    overrides: list[str], schema: type | None = None, run: type[Config] = Config
+) -> DictConfig:
     """A run's configuration from ``conf/``, or, of a ``schema``, its defaults; overrides on top."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=run)
     if schema is not None:
         store.store(name="bench", node=schema)
     try:
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             return compose(config_name="bench" if schema else "config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        keys = [key for key, _, _ in config_keys(schema() if schema else None)]
+        keys = [key for key, _, _ in config_keys(schema() if schema else run())]
         raise InputError(_explain(error, keys)) from error
 
 
@@ -303,10 +322,10 @@ def _overview() -> str:
     )
 
 
-def _help(command: str) -> str:
+def _help(command: str, config: Config | None = None) -> str:
     """Every group and every key of a command, one line each."""
-    keys = _key_lines(Config())
-    width = _key_width(config_keys())
+    keys = _key_lines(config or Config())
+    width = _key_width(config_keys(config))
     groups = []
     for folder in sorted(p for p in config_folder().iterdir() if p.is_dir()):
         names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))

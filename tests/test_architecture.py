@@ -11,17 +11,21 @@ FLOORS = {
     **dict.fromkeys(["data", "models", "objectives", "pruning", "structure"], 1),
     "parallel": 2,
     "training": 3,
+    "planner": 3,
     "report": 4,
     "bench": 4,
     "cli": 5,
     "__main__": 6,
     "__init__": 0,
 }
-BELOW = {"nonlinearities": {"shapes"}}  # one ground-floor room may use the other
+BELOW = {
+    "nonlinearities": {"shapes"},
+    "planner": {"training"},
+}  # rooms that may use one beside them
 HOMES = {
-    "torch.distributed": {"parallel", "training/checkpoint.py"},
-    "deepspeed": {"parallel"},
-    "fairscale": {"parallel"},
+    "torch.distributed": {"parallel", "training/checkpoint.py", "bench/step_rivals.py"},
+    "deepspeed": {"parallel", "bench/step_rivals.py"},
+    "fairscale": {"parallel", "bench/step_rivals.py"},
     "wandb": {"training/metrics.py"},
     "hydra": {"cli.py"},
 }

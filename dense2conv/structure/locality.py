@@ -79,13 +79,13 @@ def receptive_fields(weight: Tensor, geometry: Geometry, window: int = 5) -> Rec
         raise InputError(f"window = {window} is not a side in pixels; use 1 or more")
     device = weight.device
     place = place_of_input(geometry).to(device)
-    parts = [
-        _chunk_fields(weight[rows], geometry, place, window)
-        for rows in row_chunks(len(weight), weight.shape[1])
-    ]
-    if not parts:
-        parts = [_chunk_fields(weight, geometry, place, window)]
-    return ReceptiveFields(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    # Made beforehand: small results between large temporaries would keep these from the system.
+    columns = [c.new_empty(len(weight)) for c in _chunk_fields(weight[:0], geometry, place, window)]
+    for rows in row_chunks(len(weight), weight.shape[1]):
+        parts = _chunk_fields(weight[rows], geometry, place, window)
+        for column, part in zip(columns, parts, strict=True):
+            column[rows] = part
+    return ReceptiveFields(*columns)
 
 
 def _chunk_fields(

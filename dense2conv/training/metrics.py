@@ -77,13 +77,13 @@ def layer_metrics(
     values: dict[str, Tensor] = {}
     for i in stack.indices:
         weight, d = stack.layer(i).weight.detach(), stack.layer(i).num_units
-        zero = weight == 0
-        counts = torch.stack(
-            [zero.sum(), zero.all(dim=1).sum(), weight.abs().sum(dtype=torch.float64)]
-        ).double()
+        # Norms along rows make no copy of the weights, as comparisons and sums to fp64 do.
+        nonzero = torch.linalg.vector_norm(weight, 0, dim=1).double()  # (d/tp,)
+        magnitude = torch.linalg.vector_norm(weight, 1, dim=1).double()
+        counts = torch.stack([nonzero.sum(), (nonzero == 0).sum(), magnitude.sum()])
         counts = mesh.tp.sum(counts)
         prefix = "" if i == 0 else f"{layer_name(i)}/"
-        values[f"{prefix}sparsity"] = counts[0] / (d * weight.shape[1])
+        values[f"{prefix}sparsity"] = 1 - counts[0] / (d * weight.shape[1])
         values[f"{prefix}dead"] = counts[1] / d
         values[f"{prefix}l1"] = l1 * counts[2] / d
         if layer_name(i) in terms:

@@ -1,0 +1,153 @@
+"""What a training step sends: every collective of one process, with its bytes.
+
+It mirrors ``parallel.engines.native`` and ``objectives.logdet`` call by call, and a test counts the
+calls of the real code against it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dense2conv.models.dense_stack import layer_name
+from dense2conv.planner.share import LayerShare, Rate, Share
+
+
+@dataclass(frozen=True)
+class Collective:
+    """``count`` calls a step over one mesh axis.
+
+    num_bytes: of one call: of the joined tensor of an all_gather, the tensor of an all_reduce, send
+    or receive.
+    """
+
+    purpose: str
+    kind: str
+    axis: str
+    num_bytes: int
+    count: int = 1
+
+    def sent_bytes(self, size: int) -> float:
+        """Bytes a process sends a step, by the ring algorithms; ``size`` processes on the axis."""
+        share = {"all_gather": (size - 1) / size, "all_reduce": 2 * (size - 1) / size}
+        return self.count * self.num_bytes * share.get(self.kind, 1.0)
+
+
+def step_collectives(share: Share) -> list[Collective]:
+    """All collectives of a step of the first process of a stage; none over axes of size 1."""
+    calls = _forward(share)
+    for layer in share.coded:
+        calls += _objective(share, layer)
+    calls += _gradients(share)
+    calls += [
+        Collective(f"metrics of {layer_name(layer.index)}", "all_reduce", "tp", 3 * 8)
+        for layer in share.layers
+    ]
+    sizes = {"pp": share.mesh.pp, "dp": share.mesh.dp, "tp": share.mesh.tp}
+    return [call for call in calls if sizes[call.axis] > 1]
+
+
+def _forward(share: Share) -> list[Collective]:
+    mesh, compute = share.mesh, share.precision.compute
+    rows, pieces = share.num_microbatch_rows, mesh.microbatches
+    calls = []
+    if share.is_first:
+        image = share.config.data.shape.numel * share.pixel_bytes
+        calls.append(_gather("pixels", "tp", mesh.tp, share.num_rows, image))
+    for layer in share.layers:
+        name = layer_name(layer.index)
+        if layer.index > 0:
+            if layer == share.layers[0]:
+                below = rows * share.held(layer.num_inputs) * compute
+                calls += _neighbours(share, "receive", f"activations to {name}", below)
+            row = rows * compute
+            calls.append(
+                _gather(f"activations to {name}", "tp", mesh.tp, layer.num_inputs, row, pieces)
+            )
+        if layer.index == len(share.config.model.widths) - 1:
+            continue
+        if share.config.model.standardise:
+            moments = (layer.num_held + 1) * 8
+            calls.append(Collective(f"moments of {name}", "all_reduce", "dp", moments))
+            calls.append(Collective(f"moments of {name}", "all_reduce", "tp", 8))
+        if layer == share.layers[-1]:
+            shown = rows * layer.num_held * compute
+            calls += _neighbours(share, "send", f"activations of {name}", shown)
+    return calls
+
+
+def _objective(share: Share, layer: LayerShare) -> list[Collective]:
+    objective, compute = share.config.objective, share.precision.compute
+    name = layer_name(layer.index)
+    is_global = objective.batch_scope == "global"
+    calls = []
+    if objective.on == "post" and is_global:  # the mean, and its gradient
+        mean = layer.num_held * compute
+        calls.append(Collective(f"mean of {name}", "all_reduce", "dp", mean, count=2))
+    for rate in share.rates(layer):
+        for number in share.gram_bytes:
+            calls += _gram(rate, number)
+    if is_global:
+        calls.append(Collective(f"power of {name}", "all_reduce", "dp", compute))
+    else:  # what each process found is logged as its mean
+        calls.append(Collective(f"terms of {name}", "all_reduce", "dp", 2 * 8))
+    calls.append(Collective(f"power of {name}", "all_reduce", "tp", compute))
+    return calls
+
+
+def _gram(rate: Rate, number: int) -> list[Collective]:
+    """A Gram matrix of numbers of ``number`` bytes: gather, sum, and gather of the rows made here."""
+    m, d, dp, tp = rate.num_samples, rate.num_units, rate.dp, rate.tp
+    if rate.is_dual:
+        if dp == 1:
+            return [Collective(rate.purpose, "all_reduce", "tp", m * m * number)]
+        return [
+            _gather(rate.purpose, "dp", dp, m, rate.num_held * number),
+            Collective(rate.purpose, "all_reduce", "tp", rate.num_rows * m * number),
+            _gather(rate.purpose, "dp", dp, m, m * number),
+        ]
+    made = rate.num_held if tp > 1 else d
+    sums = [Collective(rate.purpose, "all_reduce", "dp", made * d * number)] if dp > 1 else []
+    if tp == 1:
+        return sums
+    return [
+        _gather(rate.purpose, "tp", tp, d, rate.num_rows * number),
+        *sums,
+        _gather(rate.purpose, "tp", tp, d, d * number),
+    ]
+
+
+def _gradients(share: Share) -> list[Collective]:
+    compute, calls = share.precision.compute, []
+    for layer in share.layers:
+        name = layer_name(layer.index)
+        if share.config.objective.scope == "network" and layer.index > 0:
+            joined = share.num_microbatch_rows * layer.num_inputs * compute
+            pieces = share.mesh.microbatches
+            calls.append(
+                Collective(f"gradient to {name}'s inputs", "all_reduce", "tp", joined, pieces)
+            )
+        weights = layer.num_weights * compute
+        calls.append(Collective(f"gradient of {name}", "all_reduce", "dp", weights))
+        if share.config.model.bias:
+            bias = layer.num_held * compute
+            calls.append(Collective(f"gradient of {name}'s bias", "all_reduce", "dp", bias))
+    return calls
+
+
+def _neighbours(share: Share, kind: str, purpose: str, num_bytes: int) -> list[Collective]:
+    """What passes between two stages; with one objective at the top its gradient comes back."""
+    pieces = share.mesh.microbatches
+    calls = [Collective(purpose, kind, "pp", num_bytes, pieces)]
+    if share.config.objective.scope == "network":
+        back = {"send": "receive", "receive": "send"}[kind]
+        calls.append(Collective(f"gradient of {purpose}", back, "pp", num_bytes, pieces))
+    return calls
+
+
+def _gather(
+    purpose: str, axis: str, size: int, total: int, row_bytes: int, count: int = 1
+) -> Collective:
+    """Shards are padded to one length, so the joined tensor may be longer than ``total`` rows."""
+    padded = math.ceil(total / size) * size
+    return Collective(purpose, "all_gather", axis, padded * row_bytes, count)
