@@ -44,6 +44,7 @@ from dense2conv.training.loop import train
 from dense2conv.training.metrics import WandbLog
 from dense2conv.training.prune import prune
 from dense2conv.training.run_folder import RunFolder
+from dense2conv.training.signals import EX_REQUEUE, Stopped
 
 COMMANDS = {
     "train": "train a dense network; with then=[prune,extract,report] the whole path",
@@ -73,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first_rank:
             print(f"dense2conv: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if first_rank:
+            print(f"dense2conv: {stopped}; carry on with resume=true", file=sys.stderr)
+        return EX_REQUEUE
     except KeyboardInterrupt:
         if first_rank:
             print("dense2conv: stopped; carry on with resume=true", file=sys.stderr)
@@ -225,9 +230,13 @@ def load_config(command: str, overrides: list[str]) -> Config:
         InputError: unknown or ill-typed keys, or values that contradict each other.
     """
     composed = _compose(overrides)
-    if command != "train" or composed.resume:
+    # All processes look before any of them may make the folder, which takes all to be connected.
+    there = RunFolder(Path(composed.run.root) / composed.run.name).config.is_file()
+    resume = composed.resume or (composed.run.existing == "resume" and there)
+    if command != "train" or resume:
         composed = _saved(composed, overrides)
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    config.resume = resume
     config.validate()
     return config
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dense2conv.parallel.collectives import GroupAxis
@@ -118,6 +119,12 @@ class Mesh:
         values: list[Any] | None = [None] * self.pp.size if self.pp.rank == 0 else None
         dist.gather_object(value, values, group=self.pp.group, group_dst=0)
         return values
+
+    def begin_sum(self, tensor: Tensor) -> dist.Work:
+        """Start to sum a tensor in host memory over all processes; it is there after ``.wait()``."""
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        return work
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's ``value`` on every process."""

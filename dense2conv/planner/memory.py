@@ -69,10 +69,8 @@ def memory(share: Share) -> Memory:
     largest = max(layer.num_weights for layer in share.layers)
     inputs = sum(rows * layer.num_inputs for layer in share.layers) * number.compute
     outputs = sum(rows * layer.num_held for layer in share.layers) * number.compute
-    # Pieces add up their gradients: one by one where each comes from the next stage or layer,
-    # otherwise a sum of two is made beside both.
-    sums = {"network": 1, "layerwise": 2}[share.config.objective.scope]
-    summed = sums * largest if share.mesh.microbatches > 1 else 0
+    # Pieces add up their gradients, the next one's in a tensor of its own.
+    summed = largest if share.mesh.microbatches > 1 else 0
     working = max((_working(share, layer) for layer in share.coded), default=0)
     rates = [rate for layer in share.coded for rate in share.rates(layer)]
     gathered = max((rate.num_gathered for rate in rates), default=0) * share.gram_bytes[-1]

@@ -22,6 +22,7 @@ from dense2conv.training.config import Config
 from dense2conv.training.metrics import MetricsLog, layer_metrics
 from dense2conv.training.optim import learning_rate, make_optimizer
 from dense2conv.training.run_folder import RunFolder
+from dense2conv.training.signals import Stopped, StopRequest
 
 Sink = Callable[[int, dict[str, float]], None]
 _SNAPSHOTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0)  # shares of the run at which fields are kept
@@ -35,6 +36,9 @@ def train(
 
     Every process of the mesh calls this. What it leaves is in ``folder``: metrics, snapshots of
     receptive fields, and checkpoints, the last one at the final step.
+
+    Raises:
+        Stopped: a signal ended it after a whole step, which is saved.
     """
     stack = build_stack(config, mesh, len(source.geometry)).init(config.seed)
     optimizer = make_optimizer(config.optimizer, stack, config.objective.l1)
@@ -63,29 +67,37 @@ def train(
     snapshots = {round(share * steps) for share in _SNAPSHOTS} - {0}
     metrics = MetricsLog(mesh, folder, start, steps, sinks)
     began = time.monotonic()
-    for step in range(start, steps):
-        x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
-        terms = engine.forward_backward(x)
-        lr = learning_rate(config.optimizer, step, steps)
-        engine.step(lr)  # ends in the proximal step and the masks
+    with StopRequest(mesh) as stop:
+        for step in range(start, steps):
+            x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
+            terms = engine.forward_backward(x)
+            lr = learning_rate(config.optimizer, step, steps)
+            engine.step(lr)  # ends in the proximal step and the masks
 
-        done = step + 1
-        values: dict[str, Tensor | float] = {"lr": lr}
-        with engine.whole():
-            values |= layer_metrics(mesh, stack, terms, config.objective.l1)
-            if done % config.log.radius_every == 0 or done == steps:
-                values |= median_radius(mesh, stack, source)
-            if done in snapshots:
-                save_fields(config, mesh, folder, stack, f"step{done:08d}")
-        values["steps_per_second"] = (done - start) / (time.monotonic() - began)
-        metrics.record(done, values)
-        at_checkpoint = done % config.checkpoint.every == 0 or done == steps
-        if at_checkpoint or done % config.log.every == 0:
-            metrics.flush()
-        if at_checkpoint:
-            engine.drain()
-            with engine.whole(with_optimizer=True):
-                checkpoints.save(done, stack, optimizer, values)
+            done = step + 1
+            values: dict[str, Tensor | float] = {"lr": lr}
+            with engine.whole():
+                values |= layer_metrics(mesh, stack, terms, config.objective.l1)
+                if done % config.log.radius_every == 0 or done == steps:
+                    values |= median_radius(mesh, stack, source)
+                if done in snapshots:
+                    save_fields(config, mesh, folder, stack, f"step{done:08d}")
+            values["steps_per_second"] = (done - start) / (time.monotonic() - began)
+            metrics.record(done, values)
+            stopping = stop.requested() and done < steps
+            at_checkpoint = done % config.checkpoint.every == 0 or done == steps or stopping
+            if at_checkpoint or done % config.log.every == 0:
+                metrics.flush()
+            if at_checkpoint:
+                engine.drain()
+                with engine.whole(with_optimizer=True):
+                    checkpoints.save(done, stack, optimizer, values)
+            if stopping:
+                metrics.close()
+                checkpoints.wait()
+                raise Stopped(
+                    f"stopped by {stop.reason} after step {done} of {steps}, which is saved"
+                )
     metrics.close()
     checkpoints.wait()
 

@@ -21,7 +21,7 @@ class RunConfig:
     existing: str = field(
         default="fail",
         metadata={
-            "help": "if the folder is there: fail | keep_aside (rename the older to NAME.1, …)"
+            "help": "if the folder is there: fail | keep_aside (rename it to NAME.1, …) | resume"
         },
     )
 
@@ -36,7 +36,9 @@ class RunConfig:
                 f"run.name={self.name!r} is no folder name; use letters, digits, '.', '_', '-'"
             )
         if self.existing not in ("fail", "keep_aside"):
-            raise InputError(f"run.existing={self.existing!r} is unknown; use fail or keep_aside")
+            raise InputError(
+                f"run.existing={self.existing!r} is unknown; use fail, keep_aside or resume"
+            )
 
 
 class RunFolder:

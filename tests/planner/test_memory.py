@@ -11,8 +11,8 @@ import torch.distributed as dist
 from dense2conv.planner import ClusterConfig, Estimate, PlanConfig
 from tests.planner.plans import plan_config
 
-# What a rank prints: its highest resident memory at the end of the first step, and at the end of the
-# second, through which the first one's checkpoint waits to be written.
+# What a rank prints: its highest resident memory after two steps, the first of which makes the
+# optimizer's state, and after the third, through which the second one's checkpoint waits to be written.
 _MEASURED = """
 import sys
 import threading
@@ -25,18 +25,18 @@ def report(name):
         peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     sys.stdout.write(f"{name} {peak}\\n")
 
-second_step_done = threading.Event()
+third_step_done = threading.Event()
 reports = iter(["step", "checkpoint"])
 save, write = checkpoint.Checkpoints.save, checkpoint._write_shard
 
 def save_and_report(self, step, *arguments, **options):
     report(next(reports))
-    if step == 2:
-        second_step_done.set()
+    if step == 3:
+        third_step_done.set()
     save(self, step, *arguments, **options)
 
 def wait_and_write(*arguments):
-    second_step_done.wait()
+    third_step_done.wait()
     return write(*arguments)
 
 checkpoint.Checkpoints.save, checkpoint._write_shard = save_and_report, wait_and_write
@@ -100,7 +100,7 @@ def test_memory_of_real_runs(mesh, changes, tmp_path):
     planned = Estimate(config, config.parallel).stages
     words = [f"{key}={value}".replace(" ", "") for key, value in changes.items()]
     words += [f"parallel.pp={pp}", f"parallel.dp={dp}", f"parallel.tp={tp}", "parallel.device=cpu"]
-    words += ["train.steps=2", "checkpoint.every=1", "wandb.mode=disabled"]
+    words += ["train.steps=3", "checkpoint.every=2", "wandb.mode=disabled"]
     idle = _peaks(pp * dp * tp, tmp_path, "idle", *words)["step"]
     held = {k: v - idle for k, v in _peaks(pp * dp * tp, tmp_path, "train", *words).items()}
     expected = {
