@@ -1,0 +1,182 @@
+"""What the launchers say and run, as far as that needs no cluster."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dense2conv.cli import main
+from tests.slurm.cluster import free_ports, wait_until
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPTS = [
+    *(path for path in ROOT.glob("launch/*") if path.name != "setup"),
+    *ROOT.glob("slurm/*"),
+]
+SMALL = [
+    "data.side=6",
+    "model.widths=[36,17]",
+    "train.batch=64",
+    "train.dtype=float64",
+    "train.steps=400",
+    "checkpoint.every=20",
+    "log.every=5",
+    "wandb.mode=disabled",
+    "parallel.device=cpu",
+]
+
+
+def script(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher with nothing of this machine in its environment."""
+    environment = {"PATH": os.environ["PATH"], **variables}
+    return subprocess.run(
+        [str(ROOT / name), *words], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    words = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--nproc 8 a=1", "--nnodes=1 --nproc-per-node=8 --standalone --max-restarts=0"),
+        ("--nproc=2 a=1", "--nproc-per-node=2"),
+        (
+            "--nproc 8 --nodes 2 --rendezvous node1:29500 --id one a=1",
+            "--nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 --rdzv-id=one",
+        ),
+        ("--nproc 1 --max-restarts 3 a=1", "--max-restarts=3"),
+        ("--nproc 1 --max-restarts 3 a=1", "-m dense2conv train a=1 run.existing=resume"),
+        ("--nproc 1 a=1 b=[2,3]", "-m dense2conv train a=1 b=[2,3]"),
+        ("--nproc 1", "-m dense2conv train"),
+    ],
+)
+def test_a_dry_run_prints_the_torchrun_command(words, expected):
+    done = script("launch/train", "--dry-run", *words.split())
+    assert done.returncode == 0
+    assert expected in " ".join(shlex.split(done.stdout)), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--nproc", "--nproc needs a value"),
+        ("--nproc 0 a=1", "--nproc=0; use 1 or more"),
+        ("--nodes 1:4 a=1", "--nodes=1:4; use 1 or more"),
+        ("--max-restarts -1 a=1", "--max-restarts=-1; use 0 or more"),
+        ("--nodes 2 a=1", "--nodes 2 needs --rendezvous HOST:PORT"),
+        ("--rendezvous= a=1", "--rendezvous needs a value"),
+        ("--nprocs 2 a=1", "option --nprocs is unknown"),
+        ("train a=1", "train is neither"),
+        ("a=1 --nproc=2", "--nproc=2 comes after the configuration"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(words, named):
+    done = script("launch/train", *words.split())
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_every_option():
+    text = script("launch/train", "--help").stdout
+    for option in "--nproc --nodes --rendezvous --id --max-restarts --dry-run --help".split():
+        assert option in text
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """A folder with an ``sbatch`` that prints the words it was given."""
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "expected"),
+    [
+        ("train", {}, ["--nodes=1", "--ntasks-per-node=1"]),
+        (
+            "train",
+            {"NODES": "2", "GPUS": "8", "PARTITION": "gpu", "TIME": "1:0:0", "CPUS": "6"},
+            [
+                "--nodes=2",
+                "--ntasks-per-node=8",
+                "--gpus-per-node=8",
+                "--cpus-per-task=6",
+                "--partition=gpu",
+                "--time=1:0:0",
+            ],
+        ),
+        (
+            "torchrun",
+            {"GPUS": "8", "CPUS": "6", "QOS": "q", "ACCOUNT": "a"},
+            [
+                "--nodes=1",
+                "--ntasks-per-node=1",
+                "--gpus-per-node=8",
+                "--cpus-per-task=48",
+                "--account=a",
+                "--qos=q",
+            ],
+        ),
+    ],
+)
+def test_submit_turns_variables_into_words_of_sbatch(sbatch, name, variables, expected):
+    variables = {"PATH": f"{sbatch}:{os.environ['PATH']}", **variables}
+    done = script("slurm/submit", name, "--array=1-2", "a=1", **variables)
+    words = done.stdout.split()
+    assert sorted(words[:-2]) == sorted([*expected, "--array=1-2"])
+    assert words[-2:] == [str(ROOT / f"slurm/{name}.sbatch"), "a=1"]
+
+
+def test_submit_without_a_file_explains_itself():
+    done = script("slurm/submit", "nothing")
+    assert done.returncode == 2
+    assert "NODES=2 GPUS=8" in done.stderr
+
+
+def last_step(run: str) -> dict[str, float]:
+    metrics = Path("runs", run, "metrics.jsonl")
+    whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
+    return json.loads(whole.splitlines()[-1]) if whole else {"step": 0}
+
+
+def test_two_nodes_start_again_when_a_process_is_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        f"--dry-run --nproc 1 --nodes 2 --rendezvous localhost:{free_ports(1)[0]} --max-restarts 3"
+    )
+    line = script("launch/train", *words.split(), *SMALL, "parallel.tp=2").stdout
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = shlex.split(line)
+    with (tmp_path / "log").open("w") as log:
+        nodes = [subprocess.Popen(command, stdout=log, stderr=log) for _ in range(2)]
+    try:
+        wait_until(lambda: last_step("run")["step"] >= 25, "the run has saved")
+        pid = nodes[0].pid
+        (rank,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
+        wait_until(lambda: all(node.poll() is not None for node in nodes), "both nodes have ended")
+    finally:
+        for node in nodes:
+            node.terminate()
+            node.wait()
+    assert [node.returncode for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+    assert main(["train", *SMALL, "run.name=alone"]) == 0
+    both, alone = last_step("run"), last_step("alone")
+    assert both["step"] == alone["step"] == 400
+    assert both["objective"] == pytest.approx(alone["objective"], rel=1e-6)
