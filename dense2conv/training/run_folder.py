@@ -21,7 +21,7 @@ class RunConfig:
     existing: str = field(
         default="fail",
         metadata={
-            "help": "if the folder is there: fail | keep_aside (rename it to NAME.1, …) | resume"
+            "help": "if the folder is there: fail | keep_aside (as NAME.1, …) | resume its run"
         },
     )
 
@@ -35,7 +35,7 @@ class RunConfig:
             raise InputError(
                 f"run.name={self.name!r} is no folder name; use letters, digits, '.', '_', '-'"
             )
-        if self.existing not in ("fail", "keep_aside"):
+        if self.existing not in ("fail", "keep_aside", "resume"):
             raise InputError(
                 f"run.existing={self.existing!r} is unknown; use fail, keep_aside or resume"
             )

@@ -109,6 +109,19 @@ def step(path: str | Path, number: int) -> Path:
 # What is saved comes back.
 
 
+def test_one_command_starts_a_run_and_takes_it_up_again():
+    words = "train.steps=30 run.existing=resume".split()
+    assert train("whole", *words) == 0
+    shutil.copytree("runs/whole", "runs/parts")
+    shutil.rmtree(step("runs/parts", 30))
+    assert train("parts", *words) == 0
+    assert_equal(step("runs/whole", 30), step("runs/parts", 30))
+    before = step("runs/parts", 30).stat().st_mtime_ns
+    assert train("parts", *words) == 0  # and once more, when nothing is left to do
+    assert step("runs/parts", 30).stat().st_mtime_ns == before
+    assert [path.name for path in sorted(Path("runs").iterdir())] == ["parts", "whole"]
+
+
 @pytest.mark.parametrize(
     "optimizer", ["prox_adam", "AdamW", "NAdam", "ASGD", "SGD +optimizer.options.momentum=0.9"]
 )
