@@ -7,7 +7,7 @@ calls of the real code against it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.planner.share import LayerShare, Rate, Share
@@ -17,8 +17,8 @@ from dense2conv.planner.share import LayerShare, Rate, Share
 class Collective:
     """``count`` calls a step over one mesh axis.
 
-    num_bytes: of one call: of the joined tensor of an all_gather, the tensor of an all_reduce, send
-    or receive.
+    num_bytes: of one call: of the joined tensor of an all_gather or reduce_scatter, the tensor of an
+    all_reduce, send or receive.
     """
 
     purpose: str
@@ -29,7 +29,8 @@ class Collective:
 
     def sent_bytes(self, size: int) -> float:
         """Bytes a process sends a step, by the ring algorithms; ``size`` processes on the axis."""
-        share = {"all_gather": (size - 1) / size, "all_reduce": 2 * (size - 1) / size}
+        ring = (size - 1) / size
+        share = {"all_gather": ring, "reduce_scatter": ring, "all_reduce": 2 * ring}
         return self.count * self.num_bytes * share.get(self.kind, 1.0)
 
 
@@ -118,15 +119,14 @@ def _gram(rate: Rate, number: int) -> list[Collective]:
 
 
 def _gradients(share: Share) -> list[Collective]:
-    compute, calls = share.precision.compute, []
+    mesh, compute, calls = share.mesh, share.precision.compute, []
     for layer in share.layers:
         name = layer_name(layer.index)
         if share.config.objective.scope == "network" and layer.index > 0:
-            joined = share.num_microbatch_rows * layer.num_inputs * compute
-            pieces = share.mesh.microbatches
-            calls.append(
-                Collective(f"gradient to {name}'s inputs", "all_reduce", "tp", joined, pieces)
-            )
+            row, pieces = share.num_microbatch_rows * compute, share.mesh.microbatches
+            purpose = f"gradient to {name}'s inputs"
+            joined = _gather(purpose, "tp", mesh.tp, layer.num_inputs, row, pieces)
+            calls.append(replace(joined, kind="reduce_scatter"))
         weights = layer.num_weights * compute
         calls.append(Collective(f"gradient of {name}", "all_reduce", "dp", weights))
         if share.config.model.bias:

@@ -87,7 +87,8 @@ def _real_calls(sizes, rank, changes) -> Calls:
     def counted(function, kind):
         def call(tensor, *arguments, **options):
             axis = axes[options["group"]] if "group" in options else "pp"
-            calls[kind, axis, tensor.numel() * tensor.element_size()] += 1
+            tensors = [tensor, *(t for t in arguments if isinstance(t, torch.Tensor))]
+            calls[kind, axis, max(t.numel() * t.element_size() for t in tensors)] += 1
             return function(tensor, *arguments, **options)
 
         return call
@@ -98,7 +99,8 @@ def _real_calls(sizes, rank, changes) -> Calls:
         patch.setattr(dist, "all_reduce", counted(dist.all_reduce, "all_reduce"))
         patch.setattr(dist, "isend", counted(dist.isend, "send"))
         patch.setattr(dist, "recv", counted(dist.recv, "receive"))
-        patch.setattr(collectives, "_all_gather", counted(collectives._all_gather, "all_gather"))
+        for kind in ("all_gather", "reduce_scatter"):
+            patch.setattr(collectives, f"_{kind}", counted(getattr(collectives, f"_{kind}"), kind))
         source = open_source(config.data, config.seed)
         # Not loop.build_stack: a module cannot change its precision among fake tensors.
         torch.set_default_dtype(config.train.torch_dtype)
