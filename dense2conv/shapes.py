@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -97,11 +98,18 @@ class Axis:
         """The processes' shards joined along ``dim``, which then has length ``total``."""
         return tensor
 
+    def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + b of X (m, D), whose columns ``shard`` this process holds; ``weight`` is (d, D)."""
+        return F.linear(shard, weight, bias)
+
     def shard(self, total: int, rank: int | None = None) -> range:
         """The indices of ``total`` that a process (this one by default) holds."""
         rank = self.rank if rank is None else rank
         chunk = math.ceil(total / self.size)
         return range(min(rank * chunk, total), min((rank + 1) * chunk, total))
+
+
+WHOLE = Axis()
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,9 @@ class SilentAxis(Axis):
     def gather(self, tensor: Tensor, total: int, dim: int = 0) -> Tensor:
         return torch.cat([tensor] * self.size, dim).narrow(dim, 0, total)
 
+    def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)
+
 
 def _network(config: StepBench, mesh: Mesh, widths: list[int], m: int, loss: str) -> Group:
     """A step of a network: ours beside the others, beside silent processes, and beside one."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense2conv.nonlinearities import nonlinearity
 from dense2conv.rng import INIT, normal_rows
-from dense2conv.shapes import SINGLE, InputError, Layout
+from dense2conv.shapes import SINGLE, WHOLE, Axis, InputError, Layout
 
 _ROWS_AT_ONCE = 1024
 
@@ -92,8 +91,9 @@ class DenseLayer(nn.Module):
         if self.mask is not None:
             self.weight.mul_(self.mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)  # (m, d/tp)
+    def forward(self, x: Tensor, columns: Axis = WHOLE) -> Tensor:
+        """The output (m, d/tp) for inputs (m, D), whose columns may be spread over an axis."""
+        return columns.linear(x, self.weight, self.bias)
 
 
 class Standardise(nn.Module):
@@ -212,9 +212,10 @@ class DenseStack(nn.Module):
         """The linear output z (m, d/tp) of every held layer by name; x is (m, D) of the first."""
         outputs: dict[str, Tensor] = {}
         for i in self.indices:
-            z = outputs[layer_name(i)] = self.layer(i)(x)
+            columns = WHOLE if i == self.indices[0] else self.layout.features
+            z = outputs[layer_name(i)] = self.layer(i)(x, columns)
             if i + 1 in self.indices:
-                x = self.join(i + 1, self.emit(i, z))
+                x = self.emit(i, z)
         return outputs
 
 

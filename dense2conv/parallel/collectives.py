@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dense2conv.shapes import Axis
 
@@ -36,6 +39,12 @@ class GroupAxis(Axis):
         """
         return _Gather.apply(tensor, self, total, dim)
 
+    def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As in ``Axis``; in 16 bits a sum over pieces would be rounded after each of them."""
+        if self.sends_pieces(shard) and weight.dtype.itemsize > 2:
+            return _PiecewiseLinear.apply(shard, weight, bias, self)
+        return super().linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)
+
     def lengths(self, total: int) -> list[int]:
         """How many of ``total`` each process holds."""
         return [len(self.shard(total, rank)) for rank in range(self.size)]
@@ -44,18 +53,31 @@ class GroupAxis(Axis):
         """Whether pieces are best sent one by one: gloo's own gather takes two to five times as long."""
         return self._over_gloo and tensor.device.type == "cpu"
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
-        """Send a piece to each process and receive one from each; the own ones are left alone."""
-        works = []
-        for step in range(1, self.size):
-            source, target = (self.rank - step) % self.size, (self.rank + step) % self.size
-            if received[source].numel():
-                works.append(dist.irecv(received[source], group=self.group, group_src=source))
-            if sent[target].numel():
-                works.append(dist.isend(sent[target], group=self.group, group_dst=target))
-        for work in works:
-            assert work is not None
+    def others(self, direction: int) -> list[int]:
+        """The other ranks, from the neighbour in a direction (1 or -1) on."""
+        return [(self.rank + direction * step) % self.size for step in range(1, self.size)]
+
+    def send(self, tensor: Tensor, rank: int) -> Callable[[], object]:
+        """Start to send to a process of the group; the result waits until it has left."""
+        if tensor.numel() == 0:
+            return lambda: None
+        work = dist.isend(tensor, group=self.group, group_dst=rank)
+        assert work is not None
+        # The tensor must outlive the sending.
+        return lambda tensor=tensor: work.wait()  # type: ignore[misc]
+
+    def receive(self, tensor: Tensor, rank: int) -> Callable[[], Tensor]:
+        """Start to fill ``tensor`` from a process of the group; the result waits, and gives it."""
+        if tensor.numel() == 0:
+            return lambda: tensor
+        work = dist.irecv(tensor, group=self.group, group_src=rank)
+        assert work is not None
+
+        def wait() -> Tensor:
             work.wait()
+            return tensor
+
+        return wait
 
 
 class _Gather(torch.autograd.Function):
@@ -68,10 +90,8 @@ class _Gather(torch.autograd.Function):
         assert tensor.shape[dim] == lengths[axis.rank], (tensor.shape, dim, total, lengths)
         if axis.sends_pieces(tensor):
             own = tensor.contiguous()
-            pieces = [own.new_empty(_with_length(own, dim, length)) for length in lengths]
-            pieces[axis.rank] = own
-            axis.exchange([own] * axis.size, pieces)
-            return torch.cat(pieces, dim)
+            pieces = {axis.rank: own} | dict(_pieces(axis, own, lengths, dim))
+            return torch.cat([pieces[rank] for rank in range(axis.size)], dim)
         # Shards are padded to one length: the backends' own calls know equal pieces only.
         rows = _padded(tensor.movedim(dim, 0), lengths[0])
         joined = rows.new_empty(axis.size * lengths[0], *rows.shape[1:])
@@ -84,22 +104,94 @@ class _Gather(torch.autograd.Function):
         axis, (grad,) = ctx.axis, grads
         lengths = axis.lengths(ctx.total)
         if axis.sends_pieces(grad):
-            pieces = [piece.contiguous() for piece in grad.split(lengths, ctx.dim)]
-            received = [torch.empty_like(pieces[axis.rank]) for _ in lengths]
-            received[axis.rank] = pieces[axis.rank]
-            axis.exchange(pieces, received)
-            return sum(received[1:], start=received[0]), None, None, None
+            pieces = grad.split(lengths, ctx.dim)
+            summed = _sum_of_pieces(axis, lambda rank: pieces[rank].contiguous())
+            return summed(), None, None, None
         rows = _padded(grad.movedim(ctx.dim, 0), axis.size * lengths[0])
         own = rows.new_empty(lengths[0], *rows.shape[1:])
         _reduce_scatter(own, rows, group=axis.group)
         return own[: lengths[axis.rank]].movedim(0, ctx.dim), None, None, None
 
 
-def _with_length(tensor: Tensor, dim: int, length: int) -> list[int]:
-    """The shape of ``tensor`` with another length along ``dim``."""
-    shape = list(tensor.shape)
-    shape[dim] = length
-    return shape
+class _PiecewiseLinear(torch.autograd.Function):
+    """x Wᵀ + b of shards: a piece is multiplied while the next ones are on their way.
+
+    The pieces are never joined, and their gradients leave as soon as each is made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, shard: Tensor, weight: Tensor, bias: Tensor | None, axis: GroupAxis
+    ) -> Tensor:
+        own = shard.contiguous()
+        lengths = axis.lengths(weight.shape[1])
+        arriving = _pieces(axis, own, lengths, 1)
+        columns = weight.split(lengths, 1)
+        output = F.linear(own, columns[axis.rank], bias)  # (m, d/tp)
+        pieces = {axis.rank: own}
+        for rank, piece in arriving:
+            pieces[rank] = piece
+            output.addmm_(piece, columns[rank].mT)
+        ctx.axis, ctx.has_bias = axis, bias is not None
+        ctx.save_for_backward(weight, *(pieces[rank] for rank in range(axis.size)))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (weight, *pieces) = grads, ctx.saved_tensors
+        lengths = [piece.shape[1] for piece in pieces]
+        of_shard = of_weight = None
+        if ctx.needs_input_grad[0]:
+            columns = weight.split(lengths, 1)
+            of_shard = _sum_of_pieces(ctx.axis, lambda rank: grad @ columns[rank])
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight)
+            for piece, columns_of_it in zip(pieces, of_weight.split(lengths, 1), strict=True):
+                torch.mm(grad.mT, piece, out=columns_of_it)
+        of_bias = grad.sum(0) if ctx.has_bias else None
+        return None if of_shard is None else of_shard(), of_weight, of_bias, None
+
+
+def _pieces(
+    axis: GroupAxis, own: Tensor, lengths: list[int], dim: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its shard) of every other process, as they come; they are on their way at once."""
+    arriving = []
+    for rank in axis.others(-1):
+        shape = list(own.shape)
+        shape[dim] = lengths[rank]
+        arriving.append((rank, axis.receive(own.new_empty(shape), rank)))
+    leaving = [axis.send(own, rank) for rank in axis.others(1)]
+
+    def wait() -> Iterator[tuple[int, Tensor]]:
+        for rank, piece in arriving:
+            yield rank, piece()
+        for has_left in leaving:
+            has_left()
+
+    return wait()
+
+
+def _sum_of_pieces(axis: GroupAxis, piece: Callable[[int], Tensor]) -> Callable[[], Tensor]:
+    """Start to sum what every process has for this one; the result waits, and gives the sum.
+
+    Args:
+        axis: over whose processes.
+        piece: what this process has for the one of a rank, made when it can leave.
+    """
+    leaving = [axis.send(piece(rank), rank) for rank in axis.others(1)]
+    own = piece(axis.rank)
+    arriving = {rank: axis.receive(torch.empty_like(own), rank) for rank in axis.others(-1)}
+
+    def finish() -> Tensor:
+        terms = (own if rank == axis.rank else arriving[rank]() for rank in range(axis.size))
+        summed = functools.reduce(torch.add, terms)
+        for has_left in leaving:
+            has_left()
+        return summed
+
+    return finish
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

@@ -33,6 +33,55 @@ def test_gather_joins_uneven_and_empty_shards(world_size, total, dim):
     assert on_ranks(world_size, _gather, total, dim) == [(True, True)] * world_size
 
 
+def _linear(total, dtype, with_bias, with_input_gradient):
+    def draw(*shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        x, bias = draw(6, total, seed=0), draw(3, seed=1) if with_bias else None
+        weights = [draw(3, total, seed=2 + rank) for rank in range(mesh.tp.size)]
+        own = mesh.tp.shard(total)
+        shard = x[:, own.start : own.stop].clone().requires_grad_(with_input_gradient)
+        held = [t.clone().requires_grad_() for t in (weights[mesh.tp.rank], bias) if t is not None]
+        output = mesh.tp.linear(shard, *held)
+        output.square().sum().backward()
+        # On one process: every rank's units on the whole input.
+        whole = x.double().requires_grad_()
+        slow = [t.detach().double().requires_grad_() for t in held]
+        outputs = [whole @ weight.double().mT for weight in weights]
+        outputs[mesh.tp.rank] = whole @ slow[0].mT
+        shift = slow[1] if with_bias else 0
+        sum((z + shift).square().sum() for z in outputs).backward()
+        pairs = [(output, outputs[mesh.tp.rank] + shift), (held[0].grad, slow[0].grad)]
+        if with_bias:  # every rank has a copy of its own here
+            mine = (outputs[mesh.tp.rank] + shift).detach().mul(2).sum(0)
+            pairs.append((held[1].grad, mine))
+        if with_input_gradient:
+            pairs.append((shard.grad, whole.grad[:, own.start : own.stop]))
+        assert (shard.grad is not None) == with_input_gradient
+        return [float((a.double() - b).norm() / (1 + b.norm())) for a, b in pairs]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("total", "dtype", "with_bias", "with_input_gradient"),
+    [
+        (8, torch.float64, True, True),
+        (5, torch.float64, False, True),  # on four ranks the last one holds nothing
+        (1, torch.float64, True, True),
+        (9, torch.float64, False, False),
+        (8, torch.float32, False, True),
+        (8, torch.bfloat16, True, True),
+    ],
+)
+def test_a_product_with_spread_columns_is_that_with_the_whole(
+    world_size, total, dtype, with_bias, with_input_gradient
+):
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    for errors in on_ranks(world_size, _linear, total, dtype, with_bias, with_input_gradient):
+        assert max(errors) < tolerance
+
+
 def _rate(sizes, shape):
     dp, tp = sizes
     m, d = shape

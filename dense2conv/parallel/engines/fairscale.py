@@ -31,12 +31,8 @@ class FairscaleEngine(NativeEngine):
         self.linears = [_Column(self.stack.layer(i)) for i in self.stack.indices]
 
     def linear(self, i: int, x: Tensor) -> Tensor:
-        output: Tensor = self.linears[i](x)
+        output: Tensor = self.linears[i](x if i == 0 else gather_from_model_parallel_region(x))
         return output
-
-    def join(self, i: int, shard: Tensor) -> Tensor:
-        whole: Tensor = gather_from_model_parallel_region(shard)
-        return whole
 
 
 class _Column(ColumnParallelLinear):

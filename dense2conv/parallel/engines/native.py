@@ -19,7 +19,7 @@ from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding, Terms
 from dense2conv.parallel.mesh import Mesh
 from dense2conv.parallel.pipeline import Pipeline
-from dense2conv.shapes import Axis, Layout
+from dense2conv.shapes import WHOLE, Axis, Layout
 
 
 class NativeEngine:
@@ -114,7 +114,7 @@ class NativeEngine:
         """Layer ``i`` on pieces as they come: keeps its outputs and yields what it shows of them."""
         normaliser = self.stack.normaliser(i)
         for piece in pieces:
-            outputs.append(self.linear(i, piece if i == 0 else self.join(i, piece)))
+            outputs.append(self.linear(i, piece))
             if normaliser is None:
                 yield self._show(i, outputs[-1])
         if normaliser is not None:  # which has to see the whole batch first
@@ -123,13 +123,12 @@ class NativeEngine:
             yield from (self._show(i, z) for z in outputs)
 
     def linear(self, i: int, x: Tensor) -> Tensor:
-        """The output (m/dp/M, d/tp) of layer ``i`` for its whole input (m/dp/M, D)."""
-        output: Tensor = self.stack.layer(i)(x)
-        return output
+        """The output (m/dp/M, d/tp) of layer ``i``.
 
-    def join(self, i: int, shard: Tensor) -> Tensor:
-        """The whole input (m/dp/M, D) of layer ``i``, of which (m/dp/M, D/tp) is held here."""
-        return self.stack.join(i, shard)
+        x: images (m/dp/M, D), or own shard (m/dp/M, D/tp) of what the layer below shows.
+        """
+        output: Tensor = self.stack.layer(i)(x, WHOLE if i == 0 else self.mesh.tp)
+        return output
 
     def _show(self, i: int, z: Tensor) -> Tensor:
         """What layer ``i`` shows the next one: (m/dp/M, d/tp); gradients pass by scope."""
