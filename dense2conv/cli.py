@@ -35,7 +35,7 @@ from dense2conv.parallel.launch import (
 )
 from dense2conv.planner import PlanConfig, as_json, make_plan
 from dense2conv.planner import table as plan_table
-from dense2conv.report import table, write_report
+from dense2conv.report import table, write_comparison, write_report
 from dense2conv.report.pictures import run_pictures
 from dense2conv.shapes import InputError
 from dense2conv.training.config import Config
@@ -50,7 +50,7 @@ COMMANDS = {
     "train": "train a dense network; with then=[prune,extract,report] the whole path",
     "prune": "mask the smallest weights of a run's newest checkpoint",
     "extract": "turn a run's pruned network into a convolution, verify and tune it",
-    "report": "write a run's report.html",
+    "report": "write a run's report.html, or hold two beside each other: report runs/a runs/b",
     "plan": "memory, traffic and time of a run on a cluster: plan cluster=h200x8 nodes=16",
     "bench": "measure speed and memory beside the best alternative: bench NAME",
 }
@@ -101,6 +101,8 @@ def _main(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in overrides):
         print(_help(command))
         return 0
+    if command == "report" and any("=" not in word for word in overrides):
+        return _compare(overrides)
     config = load_config(command, overrides)
     if not inside_job() and config.parallel.world_size > 1:
         if command == "train":  # before processes are started in vain
@@ -138,6 +140,16 @@ def _plan(words: list[str]) -> int:
     config: Any = OmegaConf.to_object(_compose(words, run=PlanConfig))
     plan = make_plan(config)
     print(as_json(plan) if config.json else plan_table(plan))
+    return 0
+
+
+def _compare(folders: list[str]) -> int:
+    if len(folders) != 2 or any("=" in folder for folder in folders):
+        raise InputError(
+            f"dense2conv report {' '.join(folders)} names no two folders; give two as in "
+            "report runs/a runs/b, or one run as in report run.name=a"
+        )
+    print(write_comparison(Path(folders[0]), Path(folders[1])))
     return 0
 
 

@@ -99,15 +99,22 @@ class PermutedPixels(WrappedSource):
 
     def __init__(self, source: ImageSource) -> None:
         super().__init__(source)
-        num_pixels = len(source.geometry)
-        self._order = torch.randperm(num_pixels, generator=generator(PERMUTATION, num_pixels))
-        there = source.geometry
-        self.geometry = Geometry(
-            there.shape, there.channel[self._order], there.y[self._order], there.x[self._order]
-        )
+        self._order = pixel_order(len(source.geometry))
+        self.geometry = permuted(source.geometry)
 
     def standardise(self, pixels: Tensor) -> Tensor:
         return self._source.standardise(pixels)[:, self._order.to(pixels.device)]
+
+
+def pixel_order(num_pixels: int) -> Tensor:
+    """(num_pixels,) the pixel that each input shows under ``data.permute_pixels``."""
+    return torch.randperm(num_pixels, generator=generator(PERMUTATION, num_pixels))
+
+
+def permuted(there: Geometry) -> Geometry:
+    """Where the inputs lie whose pixels ``data.permute_pixels`` has shuffled."""
+    order = pixel_order(len(there))
+    return Geometry(there.shape, there.channel[order], there.y[order], there.x[order])
 
 
 def standardised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from dense2conv.report.charts import centre_map, curves, histogram
 from dense2conv.report.images import kernel_bank, montage
-from dense2conv.report.page import write_report
+from dense2conv.report.page import write_comparison, write_report
 from dense2conv.report.verdict import Verdict, judge, table
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "kernel_bank",
     "montage",
     "table",
+    "write_comparison",
     "write_report",
 ]

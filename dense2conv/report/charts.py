@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -141,36 +142,58 @@ def _thin(steps: Floats, values: Floats, most: int = 240) -> tuple[Floats, Float
     return steps[index], values[index]
 
 
-def curves(metrics: Sequence[Mapping[str, Any]], random_radius: float | None = None) -> str:
+@dataclass(frozen=True)
+class _Line:
+    """One curve of every panel: what is logged under ``prefix``, and how it is drawn."""
+
+    name: str
+    metrics: Sequence[Mapping[str, Any]]
+    prefix: str
+    colour: str
+    dash: str
+
+    def points(self, key: str) -> tuple[Floats, Floats]:
+        return series(self.metrics, f"{self.prefix}/{key}" if self.prefix else key)
+
+
+def _lines(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[_Line]:
+    """A line a layer; of several runs the colour is the run's and the dashes are the layer's."""
+    lines = []
+    for r, (name, metrics) in enumerate(runs.items()):
+        for i, prefix in enumerate(layer_names(metrics)):
+            layer = prefix or "layer1"
+            alone = len(runs) == 1
+            dash = "" if alone or i == 0 else f'stroke-dasharray="{6 * i} 4"'
+            words = layer if alone else f"{name}, {layer}"
+            lines.append(_Line(words, metrics, prefix, _colour(i if alone else r), dash))
+    return lines
+
+
+def curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], random_radius: float | None = None
+) -> str:
     """Sparsity, rate, objective and radius over steps as one SVG of four panels, a line a layer.
 
-    ``metrics`` are the records of ``metrics.jsonl``: layer 1 unprefixed, others ``layer2/…``. The
-    limits ignore the first 2 % of the steps of objective and rate, which start far off; what lies
-    outside is drawn on the frame. Values that are not finite are left out.
+    ``runs`` has the records of ``metrics.jsonl`` by the run's name: layer 1 unprefixed, others
+    ``layer2/…``. The limits ignore the first 2 % of the steps of objective and rate, which start far
+    off; what lies outside is drawn on the frame. Values that are not finite are left out.
     """
-    layers = layer_names(metrics)
+    lines = _lines(runs)
     wide, high = 470.0, 250.0
     parts: list[str] = []
     said: list[str] = []
-    last_step = max((_finite(row.get("step")) for row in metrics), default=1.0)
-    last_step = max(last_step, 1.0) if math.isfinite(last_step) else 1.0
+    logged = (_finite(row.get("step")) for metrics in runs.values() for row in metrics)
+    last_step = max((step for step in logged if math.isfinite(step)), default=1.0)
+    last_step = max(last_step, 1.0)
     for number, (key, title) in enumerate(_PANELS):
         box = (56 + wide * (number % 2), 30 + high * (number // 2), wide - 76, high - 84)
-        lines = [series(metrics, f"{layer}/{key}" if layer else key) for layer in layers]
+        drawn = [(line, *line.points(key)) for line in lines]
         settled = [
             v[s >= last_step * 0.02] if key in ("rate", "objective") and len(v) > 50 else v
-            for s, v in lines
+            for _, s, v in drawn
         ]
         everything = np.concatenate(settled) if settled else np.array([])
-        if key == "sparsity" or everything.size == 0:
-            limits = (0.0, 1.0)
-        else:
-            low, top = float(everything.min()), float(everything.max())
-            if key == "radius":
-                low, top = 0.0, max(top, random_radius or 0.0)
-            margin = 0.05 * ((top - low) or abs(top) or 1.0)
-            limits = (low if key == "radius" else low - margin, top + margin)
-        panel = _Panel(box, (0.0, last_step), limits)
+        panel = _Panel(box, (0.0, last_step), _limits(key, everything, random_radius))
         parts += panel.frame(title, "step")
         if everything.size == 0:
             parts.append(_text(box[0] + box[2] / 2, box[1] + box[3] / 2, "not logged", "middle"))
@@ -183,36 +206,48 @@ def curves(metrics: Sequence[Mapping[str, Any]], random_radius: float | None = N
             )
             note = f"a random row: {random_radius:.2f}"
             parts.append(_text(box[0] + box[2], y + 15, note, "end"))
-        for index, (steps, values) in enumerate(lines):
+        for line, steps, values in drawn:
             if not len(steps):
                 continue
-            name = layers[index] or "layer1"
-            said.append(f"{name} {key} from {values[0]:.3g} to {values[-1]:.3g}")
+            said.append(f"{line.name} {key} from {values[0]:.3g} to {values[-1]:.3g}")
             steps, values = _thin(steps, values)
             points = " ".join(
                 f"{panel.px(s):.1f},{panel.py(v):.1f}"
                 for s, v in zip(steps.tolist(), values.tolist(), strict=True)
             )
             parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{_colour(index)}" '
+                f'<polyline points="{points}" fill="none" stroke="{line.colour}" {line.dash} '
                 'stroke-width="1.8" stroke-linejoin="round"/>'
             )
             if len(steps) == 1:
                 parts.append(
                     f'<circle cx="{panel.px(float(steps[0])):.1f}" '
-                    f'cy="{panel.py(float(values[0])):.1f}" r="3" fill="{_colour(index)}"/>'
+                    f'cy="{panel.py(float(values[0])):.1f}" r="3" fill="{line.colour}"/>'
                 )
     bottom = 2 * high
-    if len(layers) > 1:
-        for index, layer in enumerate(layers):
-            x = 56 + 100 * index
+    if len(lines) > 1:
+        pitch = min(220.0, 2 * wide / max(4, len(lines)))
+        for index, line in enumerate(lines):
+            x = 56 + pitch * index
             parts.append(
-                f'<path d="M{x} {bottom:.0f}h18" stroke="{_colour(index)}" stroke-width="3"/>'
+                f'<path d="M{x:.0f} {bottom:.0f}h24" stroke="{line.colour}" {line.dash} '
+                'stroke-width="3"/>'
             )
-            parts.append(_text(x + 24, bottom + 4, layer or "layer1"))
+            parts.append(_text(x + 30, bottom + 4, line.name))
         bottom += 14
     label = "Curves over training steps. " + "; ".join(said) if said else "No curve was logged."
     return _svg(2 * wide, bottom, label, parts)
+
+
+def _limits(key: str, values: Floats, random_radius: float | None) -> tuple[float, float]:
+    """The vertical axis of a panel: shares from 0 to 1, radii from 0, others around what there is."""
+    if key == "sparsity" or values.size == 0:
+        return 0.0, 1.0
+    low, top = float(values.min()), float(values.max())
+    if key == "radius":
+        low, top = 0.0, max(top, random_radius or 0.0)
+    margin = 0.05 * ((top - low) or abs(top) or 1.0)
+    return (low if key == "radius" else low - margin), top + margin
 
 
 def histogram(values: ArrayLike, null: ArrayLike, title: str, unit: str, num_bins: int = 28) -> str:

@@ -116,6 +116,22 @@ def montage(
     return Image.fromarray(canvas)
 
 
+def sheet(tiles: ArrayLike, columns: int) -> Image.Image:
+    """Tiles at one pixel a weight, each with a line at its right and below, for others to enlarge.
+
+    Every tile has its own symmetric limits. So every cell of the sheet is (h + 1) × (w + 1) pixels.
+
+    tiles: (n, C, h, w), n ≥ 1; three channels are shown as RGB around mid-grey.
+    """
+    values = np.asarray(tiles, dtype=np.float64)
+    count, _, height, width = values.shape
+    rows = -(-count // columns)
+    cells = np.full((rows * columns, height + 1, width + 1, 3), GAP, np.uint8)
+    cells[:count, :height, :width] = _colours(values)
+    grid = cells.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2)
+    return Image.fromarray(grid.reshape(rows * (height + 1), columns * (width + 1), 3))
+
+
 def _font(size: int) -> Any:
     try:
         return ImageFont.load_default(size)
@@ -184,9 +200,11 @@ def kernel_bank(
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image as a PNG data URI; up to 256 colours are stored as a palette, exactly."""
-    image = image.convert("RGB")
-    found: Any = image.getcolors(maxcolors=256)
+    """The image as a PNG data URI; up to 256 opaque colours are stored as a palette, exactly."""
+    found: Any = None
+    if image.mode != "RGBA":
+        image = image.convert("RGB")
+        found = image.getcolors(maxcolors=256)
     if found is not None:
         pixels = np.asarray(image, dtype=np.uint32)
         packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # (height, width)

@@ -23,7 +23,6 @@ def run_pictures(run_folder: Path) -> dict[str, Image.Image]:
         shape = run.image_shape(snapshot.weight.shape[1]) if snapshot else None
         if snapshot is not None and shape is not None:
             pictures[f"receptive fields/{name}"] = montage(snapshot.weight, shape, max_units=64)
-    for layer, banks in run.kernels.items():
-        for number, bank in enumerate(banks, start=1):
-            pictures[f"kernels/{layer} bank {number}"] = kernel_bank(bank)
+    for layer, kernels in run.kernels.items():
+        pictures[f"kernels/{layer}"] = kernel_bank(kernels)
     return pictures

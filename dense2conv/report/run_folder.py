@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from dense2conv.shapes import ImageShape, InputError
+from dense2conv.data.source import permuted
+from dense2conv.shapes import Geometry, ImageShape, InputError
 
 Array = NDArray[Any]
 
@@ -42,7 +44,7 @@ class RunFolder:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     analysis: dict[str, Array] = field(default_factory=dict)
-    kernels: dict[str, list[Array]] = field(default_factory=dict)  # layer → (K, C, k, k) each
+    kernels: dict[str, Array] = field(default_factory=dict)  # layer → (K, C, k, k)
     snapshots: list[Path] = field(default_factory=list)
 
     @classmethod
@@ -56,7 +58,7 @@ class RunFolder:
         run.metrics = _records(path / "metrics.jsonl")
         run.summary = _object(path / "summary.json")
         run.analysis = _arrays(path / "extracted" / "analysis.npz")
-        run.kernels = _kernels(path / "extracted" / "module.safetensors")
+        run.kernels = _kernels(path / "extracted")
         run.snapshots = sorted((path / "fields").glob("layer*_*.npz"))
         if not (run.metrics or run.summary or run.analysis or run.kernels or run.snapshots):
             raise InputError(
@@ -92,6 +94,16 @@ class RunFolder:
         start = layer + "/"
         return {k[len(start) :]: v for k, v in self.analysis.items() if k.startswith(start)}
 
+    def summary_of(self, layer: str) -> dict[str, Any]:
+        """The entry of the summary's list of layers that this one has; the config's, before that."""
+        entries = self.summary.get("layers")
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("name") == layer:
+                return entry
+        widths, index = self.setting("model.widths"), int(layer[5:]) - 1
+        known = isinstance(widths, list) and index < len(widths)
+        return {"name": layer, "num_units": widths[index]} if known else {}
+
     def snapshots_of(self, layer: str) -> tuple[list[tuple[int, Path]], Path | None]:
         """The files of one layer, ordered by step, and that of the pruned layer."""
         steps = []
@@ -100,6 +112,29 @@ class RunFolder:
                 steps.append((int(match.group(1)), path))
         pruned = self.path / "fields" / f"{layer}_pruned.npz"
         return sorted(steps), pruned if pruned in self.snapshots else None
+
+    def geometry(self, layer: str, num_inputs: int) -> Geometry | None:
+        """Where a layer's inputs lie: the image, or the grid that the layer below discovered."""
+        index = int(layer[5:])
+        if index == 1:
+            shape = self.image_shape(num_inputs)
+            if shape is None:
+                return None
+            pixels = Geometry.of_image(shape)
+            return permuted(pixels) if self.setting("data.permute_pixels") is True else pixels
+        below = self.of_layer(f"layer{index - 1}")
+        if not {"channel", "place_y", "place_x"} <= below.keys():
+            return None
+        channel, y, x = (
+            torch.from_numpy(below[key].astype(np.int64))
+            for key in ("channel", "place_y", "place_x")
+        )
+        placed = channel >= 0
+        if channel.shape != (num_inputs,) or not placed.any():
+            return None
+        y, x = y - y[placed].min(), x - x[placed].min()
+        grid = ImageShape(*(int(v[placed].max()) + 1 for v in (channel, y, x)))
+        return Geometry(grid, channel, y, x)
 
     def image_shape(self, num_inputs: int) -> ImageShape | None:
         """The shape of layer 1's input: the config's where it fits, else a square of 1 or 3."""
@@ -174,17 +209,38 @@ def _arrays(path: Path) -> dict[str, Array]:
         return {}
 
 
-def _kernels(path: Path) -> dict[str, list[Array]]:
-    """Convolution kernels of an extracted network: the (K, C, k, k) tensors, by layer."""
+def _kernels(folder: Path) -> dict[str, Array]:
+    """Each layer's kernels (K, C, k, k) in their own order, of one shape, the commonest there is.
+
+    A file keeps them by convolution, one for each stride; ``module.json`` says which are whose.
+    """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, list[Array]] = {}
+    banks: dict[str, list[Array]] = {}
     try:
-        with safe_open(str(path), framework="np") as file:
-            for key in sorted(file.keys()):
+        with safe_open(str(folder / "module.safetensors"), framework="np") as file:
+            for key in sorted(file.keys(), key=_by_number):
                 layer = re.search(r"layers?[._]?(\d+)", key)
                 if layer and len(file.get_slice(key).get_shape()) == 4:
-                    found.setdefault(f"layer{layer.group(1)}", []).append(file.get_tensor(key))
+                    banks.setdefault(f"layer{layer.group(1)}", []).append(file.get_tensor(key))
     except (OSError, SafetensorError, TypeError):
         return {}
+    described = _object(folder / "module.json").get("layers")
+    found = {}
+    for name, parts in banks.items():
+        shapes = [part.shape[1:] for part in parts]
+        commonest = max(shapes, key=shapes.count)
+        kernels = np.concatenate([part for part in parts if part.shape[1:] == commonest])
+        layer = described.get(name) if isinstance(described, dict) else None
+        members = layer.get("kernels_of_conv") if isinstance(layer, dict) else None
+        groups = members if isinstance(members, list) else []
+        order = [k for group in groups if isinstance(group, list) for k in group]
+        if all(isinstance(k, int) for k in order) and sorted(order) == list(range(len(kernels))):
+            kernels = kernels[np.argsort(order)]
+        found[name] = kernels
     return found
+
+
+def _by_number(key: str) -> list[tuple[int, str]]:
+    """Order in which convs.10 follows convs.9."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", key)]

@@ -136,7 +136,7 @@ def test_curves_draw_a_line_a_layer_and_skip_what_is_not_finite() -> None:
         {"step": s, "sparsity": s / 10, "rate": float("nan") if s == 3 else 1.0, "layer2/rate": s}
         for s in range(10)
     ]
-    svg = curves([*metrics, {"step": "x", "rate": None}], random_radius=6.5)
+    svg = curves({"a": [*metrics, {"step": "x", "rate": None}]}, random_radius=6.5)
     assert svg.count("<polyline") == 3
     assert "layer2" in svg
     assert "not logged" in svg  # objective and radius
@@ -144,14 +144,14 @@ def test_curves_draw_a_line_a_layer_and_skip_what_is_not_finite() -> None:
 
 
 def test_curves_of_one_step_of_constants_and_of_nothing() -> None:
-    assert "<circle" in curves([{"step": 0, "rate": 2.0, "radius": 1.0}])
-    assert "nan" not in curves([{"step": s, "rate": 0.0, "radius": 0.0} for s in range(3)])
-    assert "No curve was logged" in curves([])
+    assert "<circle" in curves({"a": [{"step": 0, "rate": 2.0, "radius": 1.0}]})
+    assert "nan" not in curves({"a": [{"step": s, "rate": 0.0, "radius": 0.0} for s in range(3)]})
+    assert "No curve was logged" in curves({"a": []})
 
 
 def test_a_long_log_keeps_its_extremes_and_stays_small() -> None:
     metrics = [{"step": s, "sparsity": float(s == 7_777)} for s in range(20_000)]
-    svg = curves(metrics)
+    svg = curves({"a": metrics})
     assert len(svg) < 30_000
     # The spike reaches the top of the first panel.
     points = re.search(r'points="([^"]+)"', svg)

@@ -1,5 +1,7 @@
 """The page, the verdict and the table, from synthetic run folders."""
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -10,31 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from dense2conv.report import judge, table, write_report
 from dense2conv.shapes import InputError
+from tests.report.run_folders import FOUND, write_log, write_run
 
-SIDE, UNITS = 8, 64
-
-FOUND: dict[str, Any] = {
-    "zero_fraction": 0.95, "median_radius": 0.49, "random_radius": 3.27,
-    "distinct_centre_fraction": 0.99, "num_kernels": 1, "left_over_fraction": 0.2,
-    "dead_fraction": 0.0, "conv_r2": 0.81, "conv_r2_interior": 0.84, "interior_fraction": 0.56,
-    "conv_r2_tuned": 0.9, "heldout_objective_dense": 1.344, "heldout_objective_conv": 1.278,
-    "heldout_objective_identity": 0.21, "heldout_objective_zca": 1.13,
-    "heldout_rate_minus_power_dense": 1.59, "heldout_rate_minus_power_identity": 0.24,
-    "heldout_rate_minus_power_zca": 1.69, "whitening_gain": 0.93, "median_participation": 1.4,
-    "num_weights_dense": 4096, "num_weights_conv": 25, "padding": "reflect",
-    "wall_seconds": 93.0, "mesh": "tp=2", "seed": 7,
-    "layers": [
-        {"name": "layer1", "num_units": 64, "num_inputs": 64, "num_kernels": 1,
-         "median_radius": 0.49, "random_radius": 3.27, "conv_r2": 0.81,
-         "kernels": [{"stride": 1, "offset": [0, 0], "coverage": 0.8, "num_units": 51}]},
-        {"name": "layer2", "num_units": 20, "num_inputs": 64, "num_kernels": 2,
-         "kernels": [{"stride": [2, 1], "offset": [0, 0], "coverage": 0.5, "num_units": 9}]},
-    ],
-}  # fmt: skip
 NOISE = FOUND | {
     "median_radius": 0.0,
     "median_participation": 1.0,
@@ -44,59 +26,6 @@ NOISE = FOUND | {
     "conv_r2": 0.97,
     "left_over_fraction": 0.01,
 }
-
-
-def write_log(folder: Path) -> None:
-    with open(folder / "metrics.jsonl", "w") as log:
-        for step in range(30):
-            record = {"step": step, "objective": step * 0.05, "rate": 1.0, "sparsity": step / 30}
-            record |= {"layer2/rate": 0.5, "layer2/sparsity": 0.1}
-            if step % 10 == 0:
-                record["radius"] = 3.0 - step / 12
-            log.write(json.dumps(record) + "\n")
-        log.write('{"step": 30, "objec')
-
-
-def write_run(folder: Path, channels: int = 1, name: str = "demo") -> Path:
-    """A complete run of two layers."""
-    rng = np.random.default_rng(0)
-    (folder / "fields").mkdir(parents=True)
-    (folder / "extracted").mkdir()
-    config = {
-        "run": {"name": name}, "seed": 7, "data": {"kind": "mosaic", "side": SIDE,
-        "channels": channels}, "train": {"steps": 30}, "parallel": {"tp": 2},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    write_log(folder)
-    (folder / "summary.json").write_text(json.dumps(FOUND | {"conv_r2_tuned": float("nan")}))
-    units = np.arange(0, UNITS, 2)
-    for layer, n, num_inputs in (("layer1", units, channels * SIDE**2), ("layer2", units[:9], 64)):
-        for tag in ("step00000000", "step00000010", "step00000030", "pruned"):
-            weight = rng.normal(size=(len(n), num_inputs)).astype(np.float32)
-            np.savez(folder / "fields" / f"{layer}_{tag}.npz", weight=weight, units=n)
-    y, x = np.divmod(np.arange(UNITS), SIDE)
-    analysis: dict[str, Any] = {}
-    for layer in ("layer1", "layer2"):
-        scores = {
-            key: rng.random(UNITS)
-            for key in ("radius", "participation", "window_mass", "null_radius", "null_window_mass")
-        }
-        scores["null_participation"] = scores["participation"]
-        scores |= {"centre_y": y, "centre_x": x, "place_y": y, "place_x": x, "gain": y - 3.5,
-                   "kernel": np.where(x == 0, -1, x % 2),
-                   "channel": np.where(x == 0, -1, x % 2), "alive": np.arange(UNITS) != 5,
-                   "r2": np.full(UNITS, np.nan)}  # fmt: skip
-        analysis |= {f"{layer}/{key}": value for key, value in scores.items()}
-    np.savez(folder / "extracted" / "analysis.npz", **analysis)
-    save_file(
-        {
-            "layer1.kernels": rng.normal(size=(2, channels, 5, 5)).astype(np.float32),
-            "layer2.0.kernels": rng.normal(size=(2, 2, 3, 3)).astype(np.float32),
-            "layer2.bias": np.zeros(2, np.float32),
-        },
-        folder / "extracted" / "module.safetensors",
-    )
-    return folder
 
 
 class Page(HTMLParser):
@@ -138,7 +67,9 @@ def test_a_complete_run_gives_a_complete_page(tmp_path: Path, channels: int) -> 
     assert "not made yet" not in text
     assert "A convolution was found" in text
     images = page.all("img")
-    assert len(images) == 2 * 4 + 2  # four montages and a bank for each layer
+    # A sheet for each of four steps; two kernels' places; kernels as pictures unless of one channel.
+    assert len(images) == 2 * (4 + 2) + (2 if channels == 1 else 4)
+    assert len(page.all("td")) > 25 * 2 * (channels == 1)
     assert all(image["alt"] for image in images)
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in images)
     assert len(page.all("svg")) == 2 + 6 + 1  # maps, histograms, curves
@@ -146,13 +77,19 @@ def test_a_complete_run_gives_a_complete_page(tmp_path: Path, channels: int) -> 
     assert len(text) < 900_000
 
 
-def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> None:
     text = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
     without_data = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    for harmless in ("http-equiv", "http://www.w3.org/2000/svg"):  # a name, not an address
+        without_data = without_data.replace(harmless, "")
     assert "http" not in without_data
     assert "url(" not in without_data
     page = Page(text)
-    assert not page.all("script")
+    script = text[text.rindex("<script>") + len("<script>") : text.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [m["content"] or "" for m in page.all("meta") if "http-equiv" in m]
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}';" in policy
     targets = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
     assert {(a["href"] or "")[1:] for a in page.all("a")} <= targets
     assert str(tmp_path) not in text
@@ -161,10 +98,10 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
 def test_a_hostile_name_and_config_stay_text(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>\"'&{{ 7*7 }}"
     text = write_report(write_run(tmp_path / "run", name=name)).read_text(encoding="utf-8")
-    assert "<script" not in text
+    assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert "{{ 7*7 }}" in text
-    assert not Page(text).all("script")
+    assert [s.get("type") for s in Page(text).all("script")] == ["application/json", None]
 
 
 def test_hostile_summary_and_metric_keys_stay_text(tmp_path: Path) -> None:
@@ -219,7 +156,7 @@ def test_pickles_are_not_loaded(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     evil = np.array([{"a": 1}], dtype=object)
     np.savez(folder / "fields" / "layer1_pruned.npz", weight=evil, units=evil)
-    assert len(Page(write_report(folder).read_text(encoding="utf-8")).all("img")) == 9
+    assert len(Page(write_report(folder).read_text(encoding="utf-8")).all("img")) == 14 - 1
 
 
 def test_nan_and_null_everywhere(tmp_path: Path) -> None:
