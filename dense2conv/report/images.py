@@ -52,6 +52,25 @@ def diverging(value: ArrayLike) -> NDArray[np.uint8]:
     return np.round(colour).astype(np.uint8)
 
 
+def in_the_dark(colour: ArrayLike) -> NDArray[np.uint8]:
+    """The colours that the style sheet's filter makes of these in the dark: zero dark, hues kept.
+
+    colour: (…, 3) → (…, 3). The filter is ``invert(.92) hue-rotate(180deg)`` (W3C Filter Effects).
+    """
+    inverted = 0.92 * 255.0 - 0.84 * np.asarray(colour, dtype=np.float64)
+    rotated = inverted @ np.array(
+        [[-0.574, 0.426, 0.426], [1.430, 0.430, 1.430], [0.144, 0.144, -0.856]]
+    )
+    return np.round(np.clip(rotated, 0.0, 255.0)).astype(np.uint8)
+
+
+def reads_in_black(colour: ArrayLike) -> NDArray[np.bool_]:
+    """Whether black contrasts more than white with a colour (…, 3), by WCAG's luminance."""
+    share = np.asarray(colour, dtype=np.float64) / 255.0
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return np.asarray(linear @ np.array([0.2126, 0.7152, 0.0722]) > 0.179)
+
+
 def _scaled(tile: Floats) -> Floats:
     """Each unit over its own largest finite |w|; a dead unit stays zero. tile: (n, ...)."""
     flat = np.abs(np.where(np.isfinite(tile), tile, 0.0)).reshape(len(tile), -1)

@@ -25,11 +25,11 @@ NUMBERED_SIDE = 7  # up to here the weights of a kernel are told as numbers
 
 @dataclass(frozen=True)
 class Cell:
-    """One weight as a coloured cell: its number, its colour, and black or white to write with."""
+    """One weight as a coloured cell: its number, and its colours by day and in the dark."""
 
     number: str
-    colour: str
-    ink: str
+    day: str
+    dark: str
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,21 @@ def _pair(value: Any) -> str:
 def _cells(weight: Array) -> list[list[Cell]]:
     """The cells of one channel (k, k), over its own largest weight."""
     largest = np.abs(np.nan_to_num(weight)).max(initial=0.0) or 1.0
-    colours = images.diverging(weight / largest)  # (k, k, 3)
-    light = colours @ np.array([0.299, 0.587, 0.114]) > 128
+    day = images.diverging(weight / largest)  # (k, k, 3)
+    dark = images.in_the_dark(day)
     return [
         [
-            Cell(
-                _weight(float(w)), "#" + bytes(c.tolist()).hex(), "#141418" if bright else "#ffffff"
-            )
-            for w, c, bright in zip(*row, strict=True)
+            Cell(_weight(float(w)), _style("day", day[i, j]), _style("dark", dark[i, j]))
+            for j, w in enumerate(row)
         ]
-        for row in zip(weight, colours, light, strict=True)
+        for i, row in enumerate(weight)
     ]
+
+
+def _style(name: str, colour: Array) -> str:
+    """A cell's colour, and black or white to write on it, as the style sheet's variables."""
+    ink = "#000" if images.reads_in_black(colour) else "#fff"
+    return f"--{name}:#{bytes(colour.tolist()).hex()};--{name}-ink:{ink}"
 
 
 def _weight(value: float) -> str:

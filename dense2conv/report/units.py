@@ -145,5 +145,5 @@ def left_over(run: RunFolder, layer: str) -> LeftOver | None:
     named = ", ".join(str(unit) for unit in dead[:MOST_LISTED].tolist())
     more = f" and {count(len(dead) - MOST_LISTED)} more" if len(dead) > MOST_LISTED else ""
     return LeftOver(
-        summary, rows, f"{count(len(dead))} are dead" + (f": {named}{more}" if named else "")
+        summary, rows, f"{count(len(dead))} dead: {named}{more}" if named else "none dead"
     )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dense2conv.report import centre_map, curves, histogram, kernel_bank, montage
 from dense2conv.report.charts import series
-from dense2conv.report.images import GAP, data_uri, diverging
+from dense2conv.report.images import GAP, data_uri, diverging, in_the_dark, reads_in_black
 from dense2conv.shapes import ImageShape, InputError
 
 RNG = np.random.default_rng(0)
@@ -22,6 +22,23 @@ def test_diverging_is_neutral_at_zero_and_opposite_at_the_ends() -> None:
     assert blue[2] > blue[0]
     assert red[0] > red[2]
     assert tuple(missing) == GAP
+
+
+def test_every_colour_can_be_written_on_by_day_and_in_the_dark() -> None:
+    day = diverging(np.linspace(-1.0, 1.0, 255))
+
+    def luminance(colour: np.ndarray) -> np.ndarray:
+        share = colour / 255.0
+        linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+        return linear[..., 0] * 0.2126 + linear[..., 1] * 0.7152 + linear[..., 2] * 0.0722
+
+    for colour in (day, in_the_dark(day)):
+        ink = np.where(reads_in_black(colour), 0.0, 1.0)
+        low, high = np.minimum(ink, luminance(colour)), np.maximum(ink, luminance(colour))
+        assert ((high + 0.05) / (low + 0.05)).min() >= 4.5
+    blue, _, red = in_the_dark(diverging([-1.0, 0.0, 1.0])).astype(int)
+    assert blue[2] > blue[0]
+    assert red[0] > red[2]
 
 
 @pytest.mark.parametrize(

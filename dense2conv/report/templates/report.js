@@ -30,7 +30,7 @@ class Explorer {
   constructor(root) {
     this.layers = JSON.parse(root.querySelector("script").textContent);
     this.parts = [...root.querySelectorAll(".layer")];
-    this.name = root.dataset.name;
+    this.name = root.dataset.name; // the run's
     root.classList.add("live");
 
     this.controls = element("div", { class: "controls" });
@@ -49,7 +49,7 @@ class Explorer {
   get sheet() { return this.parts[this.layer].querySelectorAll("figure")[this.step]; }
 
   makePanel() {
-    this.heading = element("h4");
+    this.heading = element("h3");
     this.field = element("canvas", { class: "field", role: "img" });
     this.map = drawing("svg", { class: "map", role: "img" });
     this.facts = element("dl", { class: "facts" });
@@ -57,7 +57,7 @@ class Explorer {
     const pictures = element("div", { class: "pictures" },
       element("figure", {}, this.field, element("figcaption", {}, "Receptive field")),
       element("figure", {}, this.map, element("figcaption", {}, "Its place and reach; the others coloured by kernel")));
-    return element("section", { class: "unit", "aria-label": "The unit shown" },
+    return element("section", { class: "unit", "aria-label": `The unit shown of ${this.name}` },
       this.heading, pictures, this.facts, this.film);
   }
 
