@@ -1,6 +1,6 @@
 """Receptive fields for a reader to walk through: a sheet of tiles a step, and figures of each unit.
 
-The sheets keep one pixel a weight; whoever shows them enlarges them. Of many units an even sample
+The sheets have a pixel a weight, or a few; whoever shows them enlarges them. Of many units an even sample
 is kept, and of many steps as well, so that a page of any run stays a few megabytes.
 
 Axis legend: n units, D inputs of a layer, C channels, H and W of its grid, h and w of a tile.
@@ -24,7 +24,7 @@ from dense2conv.structure.locality import receptive_fields
 
 UNITS_A_SHEET = 256
 NUMBERS_A_SHEET = 300_000  # channel values of one sheet's tiles
-TILE_SIDE = 64  # larger fields are shrunk
+SMALL_TILE, LARGE_TILE = 16, 64  # pixels; smaller fields are enlarged, larger ones shrunk
 STEPS = 8
 
 
@@ -79,15 +79,17 @@ def read_fields(run: RunFolder, layer: str) -> Fields | None:
         return None
     in_colour = layer == "layer1" and geometry.shape.channels == 3
     height, width = geometry.shape.height, geometry.shape.width
-    block = -(-max(height, width) // TILE_SIDE)
-    tile = (-(-height // block), -(-width // block))
+    block = -(-max(height, width) // LARGE_TILE)
+    zoom = max(1, SMALL_TILE // max(height, width))
+    tile = (-(-height // block) * zoom, -(-width // block) * zoom)
     numbers = tile[0] * tile[1] * (3 if in_colour else 1)
     units = _even_sample(units, max(16, min(UNITS_A_SHEET, NUMBERS_A_SHEET // numbers)))
     columns = max(1, min(len(units), round(math.sqrt(len(units) * tile[0] / tile[1]))))
     units = _by_place(units, last, geometry, columns)
     found = _found(run, layer, units)
     sheets = [
-        _sheet(snapshot, units, geometry, in_colour, block, columns, found) for snapshot in chosen
+        _sheet(snapshot, units, geometry, in_colour, block, zoom, columns, found)
+        for snapshot in chosen
     ]
     total = number(run.summary_of(layer), "num_units")
     note = f"{count(len(units))} units" + (f" of {count(total)}" if total > len(units) else "")
@@ -150,7 +152,7 @@ def _numbers(values: Array, digits: int) -> list[Any]:
 
 def _sheet(
     snapshot: Snapshot, units: list[int], geometry: Geometry, in_colour: bool, block: int,
-    columns: int, found: dict[str, list[Any]],
+    zoom: int, columns: int, found: dict[str, list[Any]],
 ) -> Sheet:  # fmt: skip
     weight = _rows(snapshot, units)
     at = receptive_fields(torch.from_numpy(weight).nan_to_num(), geometry)
@@ -165,7 +167,8 @@ def _sheet(
     zero = percent(float((weight == 0).mean()))
     title = "pruned" if snapshot.step is None else f"step {count(snapshot.step)}"
     alt = f"Receptive fields of {len(units)} units of {snapshot.layer}, {title}: "
-    image = images.sheet(shrunk(on_grid(weight, geometry, in_colour), block), columns)
+    tiles = shrunk(on_grid(weight, geometry, in_colour), block)
+    image = images.sheet(tiles.repeat(zoom, axis=2).repeat(zoom, axis=3), columns)
     finite = np.where(np.isfinite(weight), weight, 0.0)
     return Sheet(
         title=title,

@@ -136,7 +136,7 @@ def montage(
 
 
 def sheet(tiles: ArrayLike, columns: int) -> Image.Image:
-    """Tiles at one pixel a weight, each with a line at its right and below, for others to enlarge.
+    """Tiles at their own size, each with a line at its right and below, for others to enlarge.
 
     Every tile has its own symmetric limits. So every cell of the sheet is (h + 1) × (w + 1) pixels.
 
@@ -219,19 +219,22 @@ def kernel_bank(
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image as a PNG data URI; up to 256 opaque colours are stored as a palette, exactly."""
-    found: Any = None
+    """The image as a PNG data URI with its gaps transparent; up to 256 colours make a palette."""
+    options: dict[str, Any] = {}
     if image.mode != "RGBA":
         image = image.convert("RGB")
-        found = image.getcolors(maxcolors=256)
-    if found is not None:
-        pixels = np.asarray(image, dtype=np.uint32)
-        packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # (height, width)
-        colours = np.array([r << 16 | g << 8 | b for _, (r, g, b) in found], dtype=np.uint32)
-        colours.sort()
-        image = Image.fromarray(np.searchsorted(colours, packed).astype(np.uint8))
-        table = np.stack([colours >> 16, colours >> 8, colours], axis=1).astype(np.uint8)
-        image.putpalette(table.tobytes())
+        options = {"transparency": GAP}
+        found: Any = image.getcolors(maxcolors=256)
+        if found is not None:
+            pixels = np.asarray(image, dtype=np.uint32)
+            packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # (H, W)
+            colours = np.array([r << 16 | g << 8 | b for _, (r, g, b) in found], dtype=np.uint32)
+            colours.sort()
+            image = Image.fromarray(np.searchsorted(colours, packed).astype(np.uint8))
+            table = np.stack([colours >> 16, colours >> 8, colours], axis=1).astype(np.uint8)
+            image.putpalette(table.tobytes())
+            gap = np.flatnonzero((table == GAP).all(axis=1))
+            options = {"transparency": int(gap[0])} if len(gap) else {}
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True, **options)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

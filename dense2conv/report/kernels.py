@@ -71,7 +71,7 @@ def read_bank(run: RunFolder, layer: str) -> Bank | None:
         caption += f" of {height} × {width}" + (f" × {channels} channels" if channels > 1 else "")
     if total > MOST_KERNELS:
         caption += f"; the first {MOST_KERNELS} are shown"
-    padding = word(entry.get("padding", run.summary.get("padding")))
+    padding = word(entry.get("padding", run.summary.get("padding"))).replace("none", "no")
     places = read_places(run, layer)
     in_colour = layer == "layer1" and weights.shape[1] == 3  # deeper channels are no colours
     cards = [

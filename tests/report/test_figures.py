@@ -1,5 +1,6 @@
 """Pictures: sizes and colours of known weights, and the empty and degenerate cases."""
 
+import base64
 import io
 import re
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from dense2conv.report import centre_map, curves, histogram, kernel_bank, montage
 from dense2conv.report.charts import series
-from dense2conv.report.images import GAP, data_uri, diverging, in_the_dark, reads_in_black
+from dense2conv.report.images import GAP, data_uri, diverging, in_the_dark, reads_in_black, sheet
 from dense2conv.shapes import ImageShape, InputError
 
 RNG = np.random.default_rng(0)
@@ -118,12 +119,23 @@ def test_kernel_bank_refuses_a_matrix() -> None:
 
 
 def test_data_uri_keeps_a_palette_image_exactly() -> None:
-    import base64
-
     image = montage(RNG.normal(size=(40, 256)), ImageShape(1, 16, 16), zoom=2)
     encoded = base64.b64decode(data_uri(image).split(",")[1])
     assert Image.open(io.BytesIO(encoded)).mode == "P"
     assert Image.open(io.BytesIO(encoded)).convert("RGB").tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_only_the_gaps_of_a_picture_are_transparent(channels: int) -> None:
+    drawn = sheet(RNG.normal(size=(7, channels, 20, 30)), columns=4)
+    assert drawn.size == (4 * 31, 2 * 21)
+    encoded = base64.b64decode(data_uri(drawn).split(",")[1])
+    alpha = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGBA"))[..., 3]
+    cells = alpha.reshape(2, 21, 4, 31).swapaxes(1, 2).reshape(8, 21, 31)
+    assert (cells[:7, :20, :30] == 255).all()
+    assert not cells[:7, 20].any()
+    assert not cells[:7, :, 30].any()
+    assert not cells[7].any()
 
 
 def test_centre_map_counts_what_it_draws() -> None:
