@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dense2conv.files import write_atomically
 from dense2conv.report import charts, compare, images, tables, units
 from dense2conv.report.fields import read_fields
@@ -106,7 +108,7 @@ def _view(run: RunFolder) -> dict[str, Any]:
             "title": _title(name),
             "fields": read_fields(run, name),
             "bank": read_bank(run, name),
-            "analysed": bool(run.of_layer(name)),
+            "no_kernel": bool((run.of_layer(name).get("kernel", np.zeros(1)) < 0).all()),
         }
         for name in names
     ]

@@ -14,7 +14,7 @@ from dense2conv.report import charts
 from dense2conv.report.run_folder import Array, RunFolder
 from dense2conv.report.verdict import count, text
 
-MOST_LISTED = 200
+MOST_LISTED, MOST_NAMED = 200, 24
 _SCORES = (
     ("radius", "Radius", "pixels"),
     ("participation", "Participation", "places"),
@@ -142,8 +142,8 @@ def left_over(run: RunFolder, layer: str) -> LeftOver | None:
     summary = f"{count(len(left))} of {count(len(alive))} units are left over"
     if len(left) > MOST_LISTED:
         summary += f"; the first {MOST_LISTED} are listed"
-    named = ", ".join(str(unit) for unit in dead[:MOST_LISTED].tolist())
-    more = f" and {count(len(dead) - MOST_LISTED)} more" if len(dead) > MOST_LISTED else ""
+    named = ", ".join(str(unit) for unit in dead[:MOST_NAMED].tolist())
+    more = f" and {count(len(dead) - MOST_NAMED)} more" if len(dead) > MOST_NAMED else ""
     return LeftOver(
         summary, rows, f"{count(len(dead))} dead: {named}{more}" if named else "none dead"
     )

@@ -15,7 +15,7 @@ import pytest
 
 from dense2conv.report import judge, table, write_report
 from dense2conv.shapes import InputError
-from tests.report.run_folders import FOUND, write_log, write_run
+from tests.report.run_folders import FOUND, UNITS, write_log, write_run
 
 NOISE = FOUND | {
     "median_radius": 0.0,
@@ -142,6 +142,27 @@ def test_each_part_may_be_missing_or_broken(tmp_path: Path) -> None:
         (folder / part).unlink()
         Page(write_report(folder).read_text(encoding="utf-8"))
         (folder / part).write_bytes(kept)
+
+
+def test_many_dead_units_are_counted_and_some_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with np.load(folder / "extracted" / "analysis.npz") as file:
+        analysis = dict(file)
+    analysis["layer1/alive"] = np.arange(UNITS) < 10
+    analysis["layer1/kernel"] = np.full(UNITS, -1)
+    np.savez(folder / "extracted" / "analysis.npz", **analysis)
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "10 of 64 units are left over; 54 dead: 10, 11, " in text
+    assert ", 33 and 30 more." in text
+
+
+def test_kernels_that_are_lost_are_not_said_to_be_none(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "extracted" / "module.safetensors").unlink()
+    (folder / "summary.json").unlink()
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "No kernel was found" not in text
+    assert "The kernels are not made yet" in text
 
 
 def test_an_empty_or_absent_folder_is_refused_with_a_remedy(tmp_path: Path) -> None:
