@@ -38,10 +38,10 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-KillWait=30
+KillWait=120
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
-PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes=n[1-2] PriorityTier=2 PreemptMode=OFF
 """
 
@@ -64,7 +64,7 @@ class Cluster:
     def __call__(self, *words: str, **variables: str) -> str:
         """The output of a command on the cluster, with variables added to its environment."""
         environment = {**self._environment, **variables}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
@@ -88,7 +88,7 @@ class Cluster:
         self("scancel", "--user=root")
         wait_until(self.is_idle, "all jobs have ended")
 
-    def wait(self, job: str, state: str, restarts: int = 0, seconds: float = 90) -> None:
+    def wait(self, job: str, state: str, restarts: int = 0, seconds: float = 300) -> None:
         """Until a job that was requeued ``restarts`` times is in a state; it never waits in the queue."""
 
         def is_there() -> bool:
@@ -153,7 +153,7 @@ def _running(words: list[str], environment: dict[str, str], output: Path) -> Ite
             daemon.wait()
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
     """Wait for a condition; fail with its name when it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():
