@@ -137,7 +137,7 @@ def _plan(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(_help("plan", PlanConfig()))
         return 0
-    config: Any = OmegaConf.to_object(_compose(words, run=PlanConfig))
+    config: Any = load_config("plan", words, PlanConfig)
     plan = make_plan(config)
     print(as_json(plan) if config.json else plan_table(plan))
     return 0
@@ -232,21 +232,21 @@ def _open_run_folder(config: Config, mesh: Mesh, folder: RunFolder) -> None:
 # ---------------------------------------------------------------------------------
 
 
-def load_config(command: str, overrides: list[str]) -> Config:
+def load_config(command: str, overrides: list[str], schema: type[Config] = Config) -> Config:
     """Compose and check the configuration of a command.
 
-    A new run starts from the defaults and the groups in ``conf/``. Resumed runs and the other
-    commands start from what the run was trained with, and take the overrides on top.
+    A new run, or its plan, starts from the defaults and the groups in ``conf/``. Resumed runs and the
+    other commands start from what the run was trained with, and take the overrides on top.
 
     Raises:
         InputError: unknown or ill-typed keys, or values that contradict each other.
     """
-    composed = _compose(overrides)
+    composed = _compose(overrides, run=schema)
     # All processes look before any of them may make the folder, which takes all to be connected.
     there = RunFolder(Path(composed.run.root) / composed.run.name).config.is_file()
     resume = composed.resume or (composed.run.existing == "resume" and there)
-    if command != "train" or resume:
-        composed = _saved(composed, overrides)
+    if resume or command not in ("train", "plan"):
+        composed = _saved(composed, overrides, schema)
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     config.resume = resume
     config.validate()
@@ -269,11 +269,11 @@ def _compose(
         raise InputError(_explain(error, keys)) from error
 
 
-def _saved(composed: DictConfig, overrides: list[str]) -> DictConfig:
+def _saved(composed: DictConfig, overrides: list[str], schema: type[Config]) -> DictConfig:
     folder = RunFolder(Path(composed.run.root) / composed.run.name)
     folder.require("run", folder.config, "train")
     try:
-        saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder.config))
+        saved = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(folder.config))
     except (OmegaConfBaseException, YAMLError, OSError) as error:
         raise InputError(
             f"{folder.config} is no configuration of a run: {_explain(error)}"

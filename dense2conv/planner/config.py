@@ -43,10 +43,19 @@ class ClusterConfig:
 
 @dataclass
 class PlanConfig(Config):
-    """A run's configuration, of which ``parallel`` gives the micro-batches alone, and where to run it."""
+    """A run's configuration, and where to run it.
+
+    Of ``parallel`` the micro-batches count, and with ``mesh=given`` the mesh.
+    """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     nodes: int = field(default=1, metadata={"help": "nodes of the cluster"})
+    mesh: str = field(
+        default="best",
+        metadata={
+            "help": "best: rank all meshes of the cluster | given: parallel.pp × dp × tp alone"
+        },
+    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "float32 | float64 | bfloat16 (fp32 master weights); null: train.dtype"},
@@ -93,6 +102,15 @@ class PlanConfig(Config):
             raise InputError(f"parallel.microbatches={self.parallel.microbatches}; use 1 or more")
         if self.nodes < 1:
             raise InputError(f"nodes={self.nodes}; use 1 or more")
+        if self.mesh not in ("best", "given"):
+            raise InputError(f"mesh={self.mesh!r} is unknown; use best or given")
+        devices = self.nodes * self.cluster.devices
+        if self.mesh == "given" and self.parallel.world_size != devices:
+            raise InputError(
+                f"{self.parallel.name} needs {self.parallel.world_size} processes, but "
+                f"nodes={self.nodes} × cluster.devices={self.cluster.devices} are {devices}; "
+                "change the mesh or those"
+            )
         if self.runners_up < 0:
             raise InputError(f"runners_up={self.runners_up}; use 0 or more")
         if self.dtype not in (None, "float32", "float64", "bfloat16"):

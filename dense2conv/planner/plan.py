@@ -166,10 +166,13 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def meshes(config: PlanConfig) -> Iterator[ParallelConfig]:
-    """Every pp × dp × tp of all devices, with a layer or more to a stage.
+    """Every pp × dp × tp of all devices, with a layer or more to a stage; or the given one alone.
 
     The processes of a tensor-parallel group are of one node, unless they may be of several.
     """
+    if config.mesh == "given":
+        yield dataclasses.replace(config.parallel, device="cpu")
+        return
     world_size = config.nodes * config.cluster.devices
     for tp in _divisors(world_size):
         if not config.tp_across_nodes and config.cluster.devices % tp:
@@ -218,6 +221,7 @@ def _remedies(config: PlanConfig) -> list[str]:
     """The smallest changes of one thing, each of which is enough."""
     found: dict[str, str] = {}
     for words, changed in (
+        *_other_meshes(config),
         *_more_nodes(config),
         ("tp_across_nodes=true", dataclasses.replace(config, tp_across_nodes=True)),
         *_smaller_batches(config),
@@ -229,7 +233,19 @@ def _remedies(config: PlanConfig) -> list[str]:
     return list(found.values())
 
 
+def _other_meshes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+    """Instead of a given mesh, the fastest that fits."""
+    if config.mesh == "given" and (
+        ranking := _plan(dataclasses.replace(config, mesh="best")).ranking
+    ):
+        mesh = ranking[0].mesh
+        words = f"parallel.pp={mesh.pp} parallel.dp={mesh.dp} parallel.tp={mesh.tp}"
+        yield words, dataclasses.replace(config, parallel=mesh)
+
+
 def _more_nodes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+    if config.mesh == "given":  # which says how many processes there are
+        return
     nodes = 2 * config.nodes
     while nodes <= _MOST_NODES // config.cluster.devices:
         yield f"nodes={nodes}", dataclasses.replace(config, nodes=nodes)

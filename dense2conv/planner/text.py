@@ -20,7 +20,7 @@ def table(plan: Plan) -> str:
     best = plan.best
     lines = [
         f"{_network(plan)} on {_cluster(plan)}",
-        f"best mesh {best.mesh.name}: parallel.pp={best.mesh.pp} parallel.dp={best.mesh.dp} "
+        f"{plan.config.mesh} mesh {best.mesh.name}: parallel.pp={best.mesh.pp} parallel.dp={best.mesh.dp} "
         f"parallel.tp={best.mesh.tp}",
         "",
         *_memory(best),

@@ -219,6 +219,25 @@ def test_a_host_too_small_for_checkpoints_is_refused():
         make_plan(config)
 
 
+def test_a_given_mesh_is_planned_alone():
+    config = plan_on("h100x8", 2, {"model.widths": [64, 64], "mesh": "given", "parallel.tp": 16})
+    plan = make_plan(config)
+    assert [estimate.mesh.name for estimate in plan.ranking] == ["pp1×dp1×tp16"]
+    assert "given mesh pp1×dp1×tp16" in table(plan)
+
+
+def test_a_given_mesh_that_does_not_fit_is_refused_with_the_fastest_that_does():
+    changes = {**IMAGENET224, "data.side": 64, "mesh": "given", "parallel.dp": 8}
+    changes |= {"cluster.memory_gb": 20}
+    config = plan_on("h100x8", 1, changes)
+    with pytest.raises(InputError, match="pp1×dp8×tp1 comes closest") as refused:
+        make_plan(config)
+    best = make_plan(plan_on("h100x8", 1, {**changes, "mesh": "best"})).best.mesh
+    words = f"use parallel.pp={best.pp} parallel.dp={best.dp} parallel.tp={best.tp}"
+    assert words in str(refused.value)
+    assert "nodes=2" not in str(refused.value)
+
+
 def test_a_batch_that_no_mesh_can_split():
     config = plan_on("laptop", 1, {"model.widths": [1], "train.batch": 3})
     with pytest.raises(InputError, match=r"no mesh of laptop, nodes=1 can be: .*train\.batch=3"):
@@ -229,6 +248,8 @@ def test_a_batch_that_no_mesh_can_split():
     ("changes", "named"),
     [
         ({"nodes": 0}, "nodes=0"),
+        ({"mesh": "good"}, "mesh='good'"),
+        ({"mesh": "given", "parallel.tp": 3}, "pp1×dp1×tp3 needs 3 processes"),
         ({"runners_up": -1}, "runners_up=-1"),
         ({"dtype": "float16"}, "dtype='float16'"),
         ({"gram_dtype": "bfloat16"}, "gram_dtype='bfloat16'"),

@@ -37,8 +37,17 @@ def script(name: str, *words: str, **variables: str) -> subprocess.CompletedProc
     """Run a launcher with nothing of this machine in its environment."""
     environment = {"PATH": os.environ["PATH"], **variables}
     return subprocess.run(
-        [str(ROOT / name), *words], env=environment, capture_output=True, text=True, timeout=60
+        [str(ROOT / name), *words], env=environment, capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """An environment of a launcher whose ``python`` prints the words it was given."""
+    (tmp_path / ".dense2conv").touch()  # nothing is to be installed
+    (tmp_path / "python").write_text('#!/bin/sh\necho python "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    return {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -63,10 +72,43 @@ def test_shellcheck_finds_nothing():
         ("--nproc 1", "-m dense2conv train"),
     ],
 )
-def test_a_dry_run_prints_the_torchrun_command(words, expected):
-    done = script("launch/train", "--dry-run", *words.split())
+def test_a_dry_run_prints_the_torchrun_command(planned, words, expected):
+    done = script("launch/train", "--dry-run", *words.split(), **planned)
     assert done.returncode == 0
-    assert expected in " ".join(shlex.split(done.stdout)), done.stdout
+    assert expected in " ".join(shlex.split(done.stdout.splitlines()[0])), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--nproc 2 a=1", "nodes=1 cluster=laptop cluster.devices=2 a=1"),
+        (
+            "--nproc 8 --nodes 2 --rendezvous node1:29500 --cluster h200x8 a=1 b=[2,3]",
+            "nodes=2 cluster=h200x8 cluster.devices=8 a=1 b=[2,3]",
+        ),
+        (
+            "--nproc 1 --max-restarts 1",
+            "nodes=1 cluster=laptop cluster.devices=1 run.existing=resume",
+        ),
+    ],
+)
+def test_a_dry_run_plans_what_would_be_launched(planned, words, expected):
+    done = script("launch/train", "--dry-run", *words.split(), **planned)
+    assert done.stdout.splitlines()[-1] == f"python -m dense2conv plan mesh=given {expected}"
+
+
+def test_a_dry_run_says_what_a_process_needs_or_why_the_mesh_cannot_be(planned):
+    planned |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    planned |= {"PYTHONPATH": str(ROOT)}
+    words = ["--dry-run", "--nproc", "2", "experiment=demo"]
+    done = script("launch/train", *words, "parallel.tp=2", **planned)
+    assert done.returncode == 0, done.stderr
+    assert "mesh pp1×dp1×tp2" in done.stdout
+    assert "memory of a device" in done.stdout
+    assert "a step" in done.stdout
+    done = script("launch/train", *words, "parallel.tp=4", **planned)
+    assert done.returncode == 2
+    assert "pp1×dp1×tp4 needs 4 processes" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -92,7 +134,8 @@ def test_a_mistake_is_one_line_with_the_remedy(words, named):
 
 def test_help_names_every_option():
     text = script("launch/train", "--help").stdout
-    for option in "--nproc --nodes --rendezvous --id --max-restarts --dry-run --help".split():
+    options = "--nproc --nodes --rendezvous --id --max-restarts --dry-run --cluster --help"
+    for option in options.split():
         assert option in text
 
 
@@ -154,14 +197,14 @@ def last_step(run: str) -> dict[str, float]:
     return json.loads(whole.splitlines()[-1]) if whole else {"step": 0}
 
 
-def test_two_nodes_start_again_when_a_process_is_killed(tmp_path, monkeypatch):
+def test_two_nodes_start_again_when_a_process_is_killed(tmp_path, planned, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = (
         f"--dry-run --nproc 1 --nodes 2 --rendezvous localhost:{free_ports(1)[0]} --max-restarts 3"
     )
-    line = script("launch/train", *words.split(), *SMALL, "parallel.tp=2").stdout
+    line = script("launch/train", *words.split(), *SMALL, "parallel.tp=2", **planned).stdout
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    command = shlex.split(line)
+    command = shlex.split(line.splitlines()[0])
     with (tmp_path / "log").open("w") as log:
         nodes = [subprocess.Popen(command, stdout=log, stderr=log) for _ in range(2)]
     try:
