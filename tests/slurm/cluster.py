@@ -55,6 +55,16 @@ def missing() -> str | None:
     return "the daemons of Slurm need root" if os.geteuid() else None
 
 
+def nameless() -> str | None:
+    """Why torchrun's processes cannot find each other here."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return f"torchrun looks for this machine's name, and {name} has no address"
+    return None
+
+
 class Cluster:
     """What a user of the cluster types."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from dense2conv.cli import main
 from dense2conv.training.checkpoint import latest
-from tests.slurm.cluster import free_ports, wait_until
+from tests.slurm.cluster import free_ports, nameless, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = [
@@ -197,6 +197,7 @@ def last_step(run: str) -> dict[str, float]:
     return json.loads(whole.splitlines()[-1]) if whole else {"step": 0}
 
 
+@pytest.mark.skipif(nameless() is not None, reason=nameless() or "")
 def test_two_nodes_start_again_when_a_process_is_killed(tmp_path, planned, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = (

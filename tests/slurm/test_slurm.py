@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dense2conv.cli import main
 from dense2conv.training import checkpoint
 from tests.ranks import on_ranks
-from tests.slurm.cluster import missing, open_cluster, wait_until
+from tests.slurm.cluster import missing, nameless, open_cluster, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
@@ -115,6 +115,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster):
     assert f"stopped by SIGTERM after step {step} " in Path(f"slurm-{job}.out").read_text()
 
 
+@pytest.mark.skipif(nameless() is not None, reason=nameless() or "")
 def test_under_torchrun_a_signalled_job_saves_and_is_not_requeued(cluster):
     words = ["slurm/torchrun.sbatch", *SMALL, "parallel.tp=2", "train.steps=1000000"]
     job = cluster.submit("--nodes=2", *words, "run.name=torchrun")
