@@ -106,7 +106,7 @@ class Checkpoints:
         step: int,
         stack: DenseStack,
         optimizer: Optimizer,
-        metrics: Mapping[str, Tensor | float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         pruned: bool = False,
     ) -> None:
         """Copy the held state to host memory and start to write it; waits for the save before.
