@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dense2conv import __version__
+from dense2conv.bench.data import DataBench, bench_data
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.bench.step import StepBench, bench_step
 from dense2conv.data import ImageSource, open_source
@@ -58,6 +59,7 @@ COMMANDS = {
     "bench": "measure speed and memory beside the best alternative: bench NAME",
 }
 BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
+    "data": (DataBench, bench_data),
     "objective": (ObjectiveBench, bench_objective),
     "step": (StepBench, bench_step),
 }

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,7 +72,14 @@ def records(path: Path) -> list[wandb_internal_pb2.Record]:
 
 
 def offline_runs(folder: str) -> list[list[wandb_internal_pb2.Record]]:
-    return [records(path) for path in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb"))]
+    """The records of each part of a run, once their own process has written the last one."""
+    deadline = time.monotonic() + 30
+    while True:
+        paths = sorted(Path(folder).glob("wandb/offline-run-*/*.wandb"))
+        parts = [records(path) for path in paths]
+        if all(of_type(part, "exit") for part in parts) or time.monotonic() > deadline:
+            return parts
+        time.sleep(0.1)
 
 
 def items(update) -> dict:
