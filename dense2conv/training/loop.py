@@ -15,8 +15,9 @@ from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding
 from dense2conv.parallel import Mesh
 from dense2conv.parallel.engines import Engine, make_engine
+from dense2conv.shapes import InputError
 from dense2conv.structure.locality import receptive_fields
-from dense2conv.training.checkpoint import Checkpoints
+from dense2conv.training.checkpoint import Checkpoints, extra_of, latest
 from dense2conv.training.config import Config
 from dense2conv.training.metrics import (
     Fields,
@@ -58,6 +59,12 @@ def train(
     checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, mesh, network, timeout_s)
     resumed = checkpoints.resume(stack, optimizer) if config.resume else None
     start = resumed or 0
+    images = mesh.broadcast_object(source.fingerprint() if mesh.is_main else None)
+    extra: dict[str, Any] = {"images": images}
+    if resumed is not None:
+        newest = latest(folder.checkpoints)
+        saved = mesh.broadcast_object(extra_of(newest) if newest and mesh.is_main else {})
+        refuse_changed_images(saved.get("images"), images, config.data.accept)
     engine = make_engine(
         config.engine,
         config.deepspeed,
@@ -106,7 +113,7 @@ def train(
             if at_checkpoint:
                 engine.drain()
                 with engine.whole(with_optimizer=True):
-                    checkpoints.save(done, stack, optimizer, values)
+                    checkpoints.save(done, stack, optimizer, values, extra=extra)
             if stopping:
                 metrics.close()
                 checkpoints.wait()
@@ -136,6 +143,16 @@ def identity(config: Config) -> dict[str, Any]:
         "model.standardise": config.model.standardise,
         "train.dtype": config.train.dtype,
     }
+
+
+def refuse_changed_images(before: str | None, now: str, accepted: str | None) -> None:
+    """Raise InputError where a run would go on with other images than it was trained on so far."""
+    if before not in (None, now) and accepted != now:
+        raise InputError(
+            f"the run was trained on the images {before} (their number, and what their names and labels "
+            f"add up to), but there are {now} now; put those back, or accept these with "
+            f"data.accept={now}"
+        )
 
 
 def next_batch(config: Config, mesh: Mesh, source: ImageSource, step: int, rows: range) -> Tensor:
