@@ -48,7 +48,7 @@ def _trained(mesh_sizes, steps, dtype, changes):
     config.validate()
     weights: dict[int, torch.Tensor] = {}
 
-    def keep(checkpoints, step, stack, *_):
+    def keep(checkpoints, step, stack, *_, **__):
         for i in stack.indices:
             layer = stack.layer(i)
             weights[i] = checkpoints.mesh.tp.gather(layer.weight.detach().clone(), layer.num_units)

@@ -473,7 +473,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(disk, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.log, "warning", lambda text, *a: warnings.append(text % a))
     save = Checkpoints.save
 
-    def save_and_change_the_disk(self, number, *arguments):
+    def save_and_change_the_disk(self, number, *arguments, **options):
         if number == 2:
             fill()
         if number == 3:
@@ -481,7 +481,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(disk, tmp_path, monkeypatch):
             names = sorted(path.name for path in self.folder.glob("step_*"))
             assert names == ["step_00000001"]
             make_room()
-        save(self, number, *arguments)
+        save(self, number, *arguments, **options)
 
     monkeypatch.setattr(Checkpoints, "save", save_and_change_the_disk)
     config = small_config(4, every=1)
