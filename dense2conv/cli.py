@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dense2conv import __version__
+from dense2conv.bench.data import DataBench, bench_data
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.bench.step import StepBench, bench_step
 from dense2conv.data import ImageSource, open_source
@@ -33,15 +35,17 @@ from dense2conv.parallel.launch import (
     inside_job,
     run_local_ranks,
 )
-from dense2conv.planner import PlanConfig, as_json, make_plan
+from dense2conv.planner import Estimate, PlanConfig, as_json, make_plan
 from dense2conv.planner import table as plan_table
 from dense2conv.report import table, write_comparison, write_report
+from dense2conv.report.images import montage
 from dense2conv.report.pictures import run_pictures
 from dense2conv.shapes import InputError
+from dense2conv.training.checkpoint import latest
 from dense2conv.training.config import Config
 from dense2conv.training.extract import extract
 from dense2conv.training.loop import train
-from dense2conv.training.metrics import WandbLog
+from dense2conv.training.metrics import Sink, TensorboardLog, WandbLog, glossary
 from dense2conv.training.prune import prune
 from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.signals import EX_REQUEUE, Stopped
@@ -55,6 +59,7 @@ COMMANDS = {
     "bench": "measure speed and memory beside the best alternative: bench NAME",
 }
 BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
+    "data": (DataBench, bench_data),
     "objective": (ObjectiveBench, bench_objective),
     "step": (StepBench, bench_step),
 }
@@ -161,19 +166,28 @@ def run_phases(command: str, config: Config, mesh: Mesh) -> None:
     source = open_source(config.data, config.seed, progress=mesh.is_main)
     if command == "train":  # only now, so that unusable images leave no folder behind
         _open_run_folder(config, mesh, folder)
-    wandb = None
+    wandb: WandbLog | None = None
+    sinks: list[Sink] = []
     if mesh.is_main:
-        wandb = WandbLog(config.wandb, folder, config.run.name, dataclasses.asdict(config))
+        draw = partial(montage, shape=config.data.shape)
+        wandb = WandbLog(config.wandb, folder, config.run.name, _told(config), draw)
+        sinks = [wandb, *([TensorboardLog(folder, draw)] if config.tensorboard else [])]
     phases = [command, *(config.then if command == "train" else [])]
     try:
         for phase in phases:
-            _run_phase(phase, config, mesh, folder, source, wandb)
+            _run_phase(phase, config, mesh, folder, source, sinks)
+            if wandb is not None:
+                _refer(wandb, folder)
         if wandb is not None:
             judged = phases[-1] in ("extract", "report")
             _conclude(folder, wandb, config.train.steps, judged)
-    finally:
+    except Stopped:
         if wandb is not None:
-            wandb.close()
+            _refer(wandb, folder)
+        raise
+    finally:
+        for sink in sinks:
+            sink.close()
 
 
 def _run_phase(
@@ -182,11 +196,11 @@ def _run_phase(
     mesh: Mesh,
     folder: RunFolder,
     source: ImageSource,
-    wandb: WandbLog | None,
+    sinks: list[Sink],
 ) -> None:
     figures: dict[str, Any] = {}
     if phase == "train":
-        train(config, mesh, folder, source, [wandb] if wandb else [])
+        train(config, mesh, folder, source, sinks)
         figures["wall_seconds_train"] = round(time.monotonic() - _STARTED, 2)
     elif phase == "prune":
         prune(config, mesh, folder)
@@ -201,6 +215,24 @@ def _run_phase(
         # The report itself is part of what it tells the time of, to within its own writing.
         figures["wall_seconds"] = round(time.monotonic() - _STARTED, 2)
         folder.update_summary(figures)
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """What W&B is told of a run: its configuration, and what each process should send in a step."""
+    told = dataclasses.asdict(config)
+    if config.engine == "native":
+        stages = Estimate(PlanConfig(**vars(config)), config.parallel).stages
+        sent = {f"stage{i}": stage.sent_bytes for i, stage in enumerate(stages, start=1)}
+        told["planned"] = {"bytes_sent_by_a_process_in_a_step": sent}
+    return told
+
+
+def _refer(wandb: WandbLog, folder: RunFolder) -> None:
+    """Name the newest checkpoint and the extracted network to W&B, where they lie."""
+    checkpoint = latest(folder.checkpoints)
+    if checkpoint is not None:
+        wandb.artifact("checkpoint", checkpoint)
+    wandb.artifact("network", folder.extracted)
 
 
 def _conclude(folder: RunFolder, wandb: WandbLog, step: int, judged: bool) -> None:
@@ -362,6 +394,12 @@ def _help(command: str, config: Config | None = None) -> str:
             "",
             "keys, with their defaults:",
             *keys,
+            *(
+                ["", "metrics, of layers after the first as layer2/… :"]
+                if command == "train"
+                else []
+            ),
+            *([f"  {line}" for line in glossary()] if command == "train" else []),
             "",
             "outside torchrun and Slurm the command starts its own local processes",
         ]

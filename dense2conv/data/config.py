@@ -58,7 +58,10 @@ class DataConfig:
     )
     whiten: str = field(
         default="none",
-        metadata={"help": "none | zca: decorrelate the pixels, nearest to themselves"},
+        metadata={
+            "help": "none | zca: decorrelate the pixels, nearest to themselves | fourier: by one filter "
+            "for all places"
+        },
     )
     whiten_ridge: float = field(
         default=0.01,
@@ -74,6 +77,10 @@ class DataConfig:
     )
     max_bad_share: float = field(
         default=0.01, metadata={"help": "stop when more than this share of a set's images is bad"}
+    )
+    accept: str | None = field(
+        default=None,
+        metadata={"help": "resume on images that have changed: the name that the error gives them"},
     )
     cache: str | None = field(
         default=None,
@@ -97,7 +104,7 @@ class DataConfig:
         """Raise InputError where the fields contradict each other."""
         for name, allowed in (
             ("kind", KINDS),
-            ("whiten", ("none", "zca")),
+            ("whiten", ("none", "zca", "fourier")),
             ("on_error", ("skip", "fail")),
         ):
             if getattr(self, name) not in allowed:
@@ -136,9 +143,9 @@ class DataConfig:
                         f"data.{name}={getattr(self, name)} has no meaning for data={self.kind}; it is "
                         f"for {', '.join(SETS)}"
                     )
-        if (self.whiten != "none" or self.kind == "gaussian") and self.shape.numel > MAX_COVARIANCE:
+        if (self.whiten == "zca" or self.kind == "gaussian") and self.shape.numel > MAX_COVARIANCE:
             raise InputError(
                 f"the covariance of {self.shape} = {self.shape.numel} pixels takes "
                 f"{self.shape.numel**2 * 8 / 2**30:.0f} GiB; lower data.side to "
-                f"{int((MAX_COVARIANCE / self.channels) ** 0.5)} or less, or use data.whiten=none"
+                f"{int((MAX_COVARIANCE / self.channels) ** 0.5)} or less, or use data.whiten=fourier"
             )

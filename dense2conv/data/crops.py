@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dense2conv.data.ahead import in_order
 from dense2conv.data.config import DataConfig
+from dense2conv.data.encoded import fingerprint_of
 from dense2conv.data.order import shuffled, uniform
 from dense2conv.data.skips import Pictures, UsablePictures
 from dense2conv.data.source import HELD_OUT, SAMPLE, TRAIN, Images, ImageSource, standardised
@@ -67,6 +69,13 @@ class Crops(ImageSource):
 
     def standardise(self, pixels: Tensor) -> Tensor:
         return standardised(pixels, self._mean, self._std)
+
+    def fingerprint(self) -> str:
+        """Of the training images' names, from their folder on, and labels, in order; not of their bytes."""
+        names = (self._train.name(i).rsplit(os.sep, 2)[-2:] for i in range(len(self._train)))
+        labels = (self._train.label(i) for i in range(len(self._train)))
+        parts = (f"{'/'.join(name)} {label}" for name, label in zip(names, labels, strict=True))
+        return f"{len(self._train)}-{fingerprint_of(parts)[:12]}"
 
     def _crops(
         self, pictures: UsablePictures, counters: np.ndarray, name: tuple[int, ...]

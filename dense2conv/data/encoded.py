@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dense2conv.data.decode import BadImage, decode, prepared
+from dense2conv.data.decode import DECODING, BadImage, decode, prepared
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .png .bmp .webp .tif .tiff .ppm .pgm .gif".split()  # what a set's files end in
@@ -92,10 +92,11 @@ class DecodedImages:
             data = self._encoded.read(index)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
-        return prepared(decode(data), self._resize, self._channels)
+        return prepared(decode(data, self._resize), self._resize, self._channels)
 
     def fingerprint(self) -> str:
-        return fingerprint_of([self._encoded.fingerprint(), f"{self._resize} {self._channels}"])
+        how = f"{self._resize} {self._channels} {DECODING}"
+        return fingerprint_of([self._encoded.fingerprint(), how])
 
 
 def fingerprint_of(parts: Iterable[str]) -> str:

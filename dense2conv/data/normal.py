@@ -32,6 +32,9 @@ class WhiteNoise(ImageSource):
     def standardise(self, pixels: Tensor) -> Tensor:
         return pixels
 
+    def fingerprint(self) -> str:
+        return "noise"
+
     def _rows(self, name: tuple[int, ...], rows: range) -> Tensor:
         return normal_rows(name, rows, len(self.geometry))
 
@@ -42,9 +45,13 @@ class GaussianImages(WhiteNoise):
     With linear units a rate, a power and an L1 term see no difference to the images it was measured on.
     """
 
-    def __init__(self, shape: ImageShape, seed: int, found: Moments) -> None:
+    def __init__(self, shape: ImageShape, seed: int, found: Moments, of: str) -> None:
         super().__init__(shape, seed)
         self._root = found.power(0.5)  # (D, D) float64
+        self._of = of
+
+    def fingerprint(self) -> str:
+        return f"{self._of}-gaussian"
 
     def _rows(self, name: tuple[int, ...], rows: range) -> Tensor:
         # Whole blocks that start at multiples of _BLOCK, whoever asks: a product of another shape may

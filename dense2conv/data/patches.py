@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dense2conv.data.config import TILES, DataConfig
+from dense2conv.data.encoded import fingerprint_of
 from dense2conv.data.photographs import load_photographs
 from dense2conv.data.source import HELD_OUT, SAMPLE, TRAIN, Images, ImageSource, standardised
 from dense2conv.rng import PATCHES, generator
@@ -37,6 +39,9 @@ class Patches(ImageSource):
 
     def standardise(self, pixels: Tensor) -> Tensor:
         return standardised(pixels, self.mean, self.std)
+
+    def fingerprint(self) -> str:
+        return self._train.fingerprint()
 
     def _draw(
         self, store: _PixelStore, name: tuple[int, ...], num: int, rows: range | None
@@ -72,6 +77,9 @@ class Mosaics(ImageSource):
     def standardise(self, pixels: Tensor) -> Tensor:
         return standardised(pixels, self._tiles.mean, self._tiles.std)
 
+    def fingerprint(self) -> str:
+        return f"{self._tiles.fingerprint()}-mosaic"
+
     def _tiles_of(self, rows: range) -> range:
         return range(rows.start * TILES**2, rows.stop * TILES**2)
 
@@ -96,6 +104,11 @@ class _PixelStore:
         areas = self._height * self._width
         self._start = areas.cumsum(0) - areas
         self._side = side
+
+    def fingerprint(self) -> str:
+        """Of all sizes and pixels."""
+        sizes = [self._height.tolist(), self._width.tolist(), zlib.crc32(self._pixels.numpy().data)]
+        return f"{len(self._height)}-{fingerprint_of([str(sizes)])[:12]}"
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean of each channel (C, 1) and one standard deviation over all pixels, float32."""

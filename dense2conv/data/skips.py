@@ -89,6 +89,7 @@ class UsablePictures:
 
     def __init__(self, pictures: Pictures, config: DataConfig) -> None:
         self._pictures, self._side = pictures, config.side
+        self.name, self.label = pictures.name, pictures.label
         self._skips = Skips(config, len(pictures))
 
     def __len__(self) -> int:

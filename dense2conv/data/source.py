@@ -56,6 +56,10 @@ class ImageSource(ABC):
     def standardise(self, pixels: Tensor) -> Tensor:
         """(n, D) float32 on the device of ``pixels``: mean 0, and one variance of 1 over all pixels."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short name of the images and of what is done to them, the same wherever they lie."""
+
     def batch(self, step: int, batch: int, rows: range) -> Tensor:
         """Rows ``rows`` of the global training batch of a step: (len(rows), D) float32, no noise."""
         return self.standardise(self.read(step, batch, rows).pixels)
@@ -89,6 +93,9 @@ class WrappedSource(ImageSource):
     def standardise(self, pixels: Tensor) -> Tensor:
         return self._source.standardise(pixels)
 
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
 
 class PermutedPixels(WrappedSource):
     """A source whose pixels are all shuffled by one fixed permutation: the control for locality.
@@ -104,6 +111,9 @@ class PermutedPixels(WrappedSource):
 
     def standardise(self, pixels: Tensor) -> Tensor:
         return self._source.standardise(pixels)[:, self._order.to(pixels.device)]
+
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint()}-permuted"
 
 
 def pixel_order(num_pixels: int) -> Tensor:

@@ -20,7 +20,7 @@ from dense2conv.data.patches import Mosaics, Patches
 from dense2conv.data.skips import Pictures
 from dense2conv.data.source import ImageSource, PermutedPixels
 from dense2conv.data.tar_shards import open_tar_shards
-from dense2conv.data.whitening import Whitened, moments
+from dense2conv.data.whitening import FourierWhitened, Whitened, moments, power_spectrum
 from dense2conv.rng import NOISE, normal_rows
 from dense2conv.shapes import SINGLE, Axis, InputError
 
@@ -45,6 +45,9 @@ def open_source(
     if config.whiten == "zca":
         found = moments(source, config.statistics_samples, axis)
         source = Whitened(source, found, config.whiten_ridge)
+    elif config.whiten == "fourier":
+        spectrum = power_spectrum(source, config.statistics_samples, axis)
+        source = FourierWhitened(source, spectrum, config.whiten_ridge)
     return PermutedPixels(source) if config.permute_pixels else source
 
 
@@ -70,7 +73,7 @@ def _images(config: DataConfig, seed: int, progress: bool, axis: Axis) -> ImageS
     patches = Patches(config, seed, progress)
     if config.kind == "gaussian":
         found = moments(patches, config.statistics_samples, axis)
-        return GaussianImages(config.shape, seed, found)
+        return GaussianImages(config.shape, seed, found, patches.fingerprint())
     return patches
 
 

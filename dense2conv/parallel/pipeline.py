@@ -12,6 +12,7 @@ the rate is one number of the whole batch, so sends and receives are our own.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import torch
@@ -38,6 +39,7 @@ class Pipeline:
         self._device = mesh.device
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._max_sent = _BATCHES_IN_FLIGHT * microbatches
+        self._waited = 0.0
 
     @property
     def is_first(self) -> bool:
@@ -68,14 +70,26 @@ class Pipeline:
         while self._sent:
             self._sent.popleft()[0].wait()
 
+    def take_seconds_waited(self) -> float:
+        """Seconds since the last call in which this process waited for a neighbour.
+
+        On a GPU sends and receives wait on its own queue, which this does not see.
+        """
+        waited, self._waited = self._waited, 0.0
+        return waited
+
     def _send(self, tensor: Tensor, peer: int | None) -> None:
+        began = time.monotonic()
         while len(self._sent) >= self._max_sent:
             self._sent.popleft()[0].wait()
+        self._waited += time.monotonic() - began
         tensor = tensor.detach().contiguous()
         work = dist.isend(tensor, peer)
         assert work is not None
         self._sent.append((work, tensor))  # the tensor must outlive the sending
 
     def _receive(self, tensor: Tensor, peer: int | None) -> Tensor:
+        began = time.monotonic()
         dist.recv(tensor, peer)
+        self._waited += time.monotonic() - began
         return tensor

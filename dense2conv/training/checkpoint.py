@@ -106,8 +106,9 @@ class Checkpoints:
         step: int,
         stack: DenseStack,
         optimizer: Optimizer,
-        metrics: Mapping[str, Tensor | float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         pruned: bool = False,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Copy the held state to host memory and start to write it; waits for the save before.
 
@@ -116,6 +117,7 @@ class Checkpoints:
             stack, optimizer: what is saved; masks and running figures come along.
             metrics: of this step's batch; the one that ``config.best`` names decides what is best.
             pruned: whether these weights have just been pruned.
+            extra: what else a resumed run has to know, fit for JSON; ``extra_of`` reads it.
 
         Raises:
             InputError: a state of the optimizer has no row for each unit.
@@ -129,6 +131,7 @@ class Checkpoints:
             "step": step,
             "model": self.model,
             "optimizer": type(optimizer).__name__,
+            "extra": dict(extra or {}),
         }
         if self.mesh.is_main and metrics is not None:
             state["metrics"] = {key: float(metrics[key]) for key in _METRICS if key in metrics}
@@ -328,6 +331,14 @@ def _metric(path: Path, name: str) -> float:
     except (_Damaged, KeyError):
         return -math.inf
     return -math.inf if math.isnan(value) else value
+
+
+def extra_of(path: Path) -> dict[str, Any]:
+    """What was saved with a checkpoint as ``extra``; nothing where it is damaged."""
+    try:
+        return dict(_read_state(path).get("extra", {}))
+    except _Damaged:
+        return {}
 
 
 class _Damaged(Exception):

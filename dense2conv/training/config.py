@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -15,8 +15,9 @@ from dense2conv.pruning import PruneConfig
 from dense2conv.shapes import InputError
 from dense2conv.structure import ExtractConfig
 from dense2conv.training.checkpoint import CheckpointConfig
-from dense2conv.training.metrics import LogConfig, WandbConfig
+from dense2conv.training.metrics import LogConfig, TensorboardLog, WandbConfig
 from dense2conv.training.optim import OptimizerConfig
+from dense2conv.training.passwords import refuse_secrets
 from dense2conv.training.run_folder import RunConfig
 from dense2conv.training.tuning import TuneConfig
 
@@ -75,6 +76,9 @@ class Config:
     tune: TuneConfig = field(default_factory=TuneConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = field(
+        default=False, metadata={"help": "also write TensorBoard's files, in tensorboard/"}
+    )
 
     def validate(self) -> None:
         """Every rule that needs no process group, so that nothing starts in vain.
@@ -97,6 +101,9 @@ class Config:
             self.wandb,
         ):
             group.validate()
+        refuse_secrets(asdict(self))
+        if self.tensorboard:
+            TensorboardLog.require()
         self.parallel.validate(self.model.widths, self.train.batch)
         validate_engine(
             self.engine,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,29 @@ from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding
 from dense2conv.parallel import Mesh
-from dense2conv.parallel.engines import make_engine
+from dense2conv.parallel.engines import Engine, make_engine
+from dense2conv.shapes import InputError
 from dense2conv.structure.locality import receptive_fields
-from dense2conv.training.checkpoint import Checkpoints
+from dense2conv.training.checkpoint import Checkpoints, extra_of, latest
 from dense2conv.training.config import Config
-from dense2conv.training.metrics import MetricsLog, layer_metrics
+from dense2conv.training.metrics import (
+    Fields,
+    MetricsLog,
+    Sink,
+    Value,
+    layer_flops,
+    layer_metrics,
+    layer_prefix,
+    magnitudes,
+    radii,
+)
 from dense2conv.training.optim import learning_rate, make_optimizer
 from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.signals import Stopped, StopRequest
 
-Sink = Callable[[int, dict[str, float]], None]
 _SNAPSHOTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0)  # shares of the run at which fields are kept
 _MAX_SNAPSHOT = 4_000_000  # numbers in one snapshot
+_SHOWN = 64  # receptive fields of a snapshot that are drawn while the run goes on
 
 
 def train(
@@ -47,10 +57,14 @@ def train(
 
     network, timeout_s = identity(config), config.parallel.timeout_s
     checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, mesh, network, timeout_s)
-    start = checkpoints.resume(stack, optimizer) if config.resume else None
-    if start is None:
-        start = 0
-        save_fields(config, mesh, folder, stack, "step00000000")
+    resumed = checkpoints.resume(stack, optimizer) if config.resume else None
+    start = resumed or 0
+    images = mesh.broadcast_object(source.fingerprint() if mesh.is_main else None)
+    extra: dict[str, Any] = {"images": images}
+    if resumed is not None:
+        newest = latest(folder.checkpoints)
+        saved = mesh.broadcast_object(extra_of(newest) if newest and mesh.is_main else {})
+        refuse_changed_images(saved.get("images"), images, config.data.accept)
     engine = make_engine(
         config.engine,
         config.deepspeed,
@@ -65,24 +79,32 @@ def train(
 
     rows = mesh.dp.shard(batch)
     snapshots = {round(share * steps) for share in _SNAPSHOTS} - {0}
-    metrics = MetricsLog(mesh, folder, start, steps, sinks)
-    began = time.monotonic()
+    flops = layer_flops(
+        [len(source.geometry), *config.model.widths], config.objective.scope == "network"
+    )
+    alarm = config.log.dead_alarm
+    metrics = MetricsLog(mesh, folder, start, steps, sinks, batch, flops, alarm)
+    if resumed is None:
+        with engine.whole():
+            metrics.record(0, save_fields(config, mesh, folder, stack, "step00000000"))
     with StopRequest(mesh) as stop:
         for step in range(start, steps):
+            began = time.monotonic()
             x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
+            read = time.monotonic()
             terms = engine.forward_backward(x)
             lr = learning_rate(config.optimizer, step, steps)
             engine.step(lr)  # ends in the proximal step and the masks
 
             done = step + 1
-            values: dict[str, Tensor | float] = {"lr": lr}
+            values: dict[str, Tensor | Value] = {"lr": lr}
             with engine.whole():
                 values |= layer_metrics(mesh, stack, terms, config.objective.l1)
                 if done % config.log.radius_every == 0 or done == steps:
-                    values |= median_radius(mesh, stack, source)
+                    values |= field_metrics(mesh, stack, source)
                 if done in snapshots:
-                    save_fields(config, mesh, folder, stack, f"step{done:08d}")
-            values["steps_per_second"] = (done - start) / (time.monotonic() - began)
+                    values |= save_fields(config, mesh, folder, stack, f"step{done:08d}")
+            values |= shares_of_the_step(mesh, engine, read - began, time.monotonic() - began)
             metrics.record(done, values)
             stopping = stop.requested() and done < steps
             at_checkpoint = done % config.checkpoint.every == 0 or done == steps or stopping
@@ -91,7 +113,7 @@ def train(
             if at_checkpoint:
                 engine.drain()
                 with engine.whole(with_optimizer=True):
-                    checkpoints.save(done, stack, optimizer, values)
+                    checkpoints.save(done, stack, optimizer, values, extra=extra)
             if stopping:
                 metrics.close()
                 checkpoints.wait()
@@ -123,6 +145,16 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
+def refuse_changed_images(before: str | None, now: str, accepted: str | None) -> None:
+    """Raise InputError where a run would go on with other images than it was trained on so far."""
+    if before not in (None, now) and accepted != now:
+        raise InputError(
+            f"the run was trained on the images {before} (their number, and what their names and labels "
+            f"add up to), but there are {now} now; put those back, or accept these with "
+            f"data.accept={now}"
+        )
+
+
 def next_batch(config: Config, mesh: Mesh, source: ImageSource, step: int, rows: range) -> Tensor:
     """Own samples of the batch with their input noise: (m/dp, D), a pure function of (seed, step).
 
@@ -137,22 +169,43 @@ def next_batch(config: Config, mesh: Mesh, source: ImageSource, step: int, rows:
     return add_input_noise(x, config.data.input_noise_std, config.seed, step, rows)
 
 
-def median_radius(mesh: Mesh, stack: DenseStack, source: ImageSource) -> dict[str, float]:
-    """The median radius in pixels of the first layer's live units, where this process holds them."""
-    if 0 not in stack.indices:
-        return {}
-    layer = stack.layer(0)
-    fields = receptive_fields(layer.weight.detach(), source.geometry)
-    radius = torch.where(fields.alive, fields.radius, torch.nan)
-    radius = mesh.tp.gather(radius, layer.num_units)
-    return {"radius": float(radius.nanmedian())}
+def field_metrics(mesh: Mesh, stack: DenseStack, source: ImageSource) -> dict[str, Value]:
+    """How large the held layers' weights are, and the radii in pixels of the first one's live units."""
+    values: dict[str, Value] = {}
+    for i in stack.indices:
+        weight = stack.layer(i).weight.detach()
+        values[f"{layer_prefix(i)}magnitudes"] = magnitudes(mesh, weight)
+        if i == 0:
+            fields = receptive_fields(weight, source.geometry)
+            radius = torch.where(fields.alive, fields.radius, torch.nan)
+            radius = mesh.tp.gather(radius, stack.layer(i).num_units)
+            values |= {"radius": float(radius.nanmedian()), "radii": radii(radius)}
+    return values
+
+
+def shares_of_the_step(
+    mesh: Mesh, engine: Engine, input_seconds: float, seconds: float
+) -> dict[str, Value]:
+    """What of a step went to its input, and what of it a pipeline stage did not wait for others."""
+    values: dict[str, Value] = {}
+    if engine.takes_images:
+        values["input_share"] = input_seconds / seconds
+    if mesh.pp.size > 1 and mesh.device.type == "cpu":
+        waited = engine.pipeline.take_seconds_waited()
+        values[f"stage{mesh.pp.rank + 1}/utilisation"] = 1 - waited / seconds
+    return values
 
 
 @torch.no_grad()
 def save_fields(
     config: Config, mesh: Mesh, folder: RunFolder, stack: DenseStack, name: str
-) -> None:
-    """Keep a sample of every held layer's receptive fields for the report, as an npz file a layer."""
+) -> dict[str, Value]:
+    """Keep a sample of every held layer's receptive fields for the report, as an npz file a layer.
+
+    Returns:
+        Some of the first layer's, to be drawn at once, where this process speaks for that layer.
+    """
+    shown: dict[str, Value] = {}
     for i in stack.indices:
         layer = stack.layer(i)
         most = max(16, _MAX_SNAPSHOT // layer.num_inputs)
@@ -164,5 +217,9 @@ def save_fields(
                 sample[place] = layer.weight[unit - layer.units.start].float()
         sample = mesh.tp.sum(sample)
         if mesh.writes_shards:
+            weight = sample.cpu().numpy()
             path = folder.fields / f"{layer_name(i)}_{name}.npz"
-            np.savez_compressed(path, weight=sample.cpu().numpy(), units=units)
+            np.savez_compressed(path, weight=weight, units=units)
+            if i == 0:
+                shown["fields"] = Fields(weight[:: -(-num // _SHOWN)])
+    return shown

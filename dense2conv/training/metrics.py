@@ -1,30 +1,129 @@
-"""What a run says of itself: metrics.jsonl, the progress line, and Weights & Biases."""
+"""What a run says of itself: metrics.jsonl always, and whoever else listens: W&B, TensorBoard.
+
+``METRICS`` is the glossary of everything that is logged.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import re
 import secrets
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import Terms
 from dense2conv.parallel import Mesh
 from dense2conv.shapes import InputError
+from dense2conv.structure.locality import row_chunks
+from dense2conv.training.progress import Progress
 from dense2conv.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-_DEAD_WARNING = 0.2  # share of dead units in the first part of a run that is worth a word
+_MAGNITUDES = (
+    -6.0,
+    1.0,
+    70,
+)  # decades of |w|: from, to, bins; what lies outside is in the end bins
+_RADII_BINS = 50
+
+
+class Metric(NamedTuple):
+    """What a logged key means; W&B and TensorBoard show it in the section ``panel``."""
+
+    unit: str
+    meaning: str
+    panel: str = "train"
+
+
+METRICS = {
+    "step": Metric("steps", "optimizer steps done; the axis of everything else"),
+    "time": Metric("s", "since this process began to train"),
+    "objective": Metric("nats a unit", "rate − power − l1 of the batch, which training maximises"),
+    "rate": Metric("nats a unit", "coding rate R of the batch: information about the image"),
+    "power": Metric("nats a unit", "(μ/2) E‖z‖², the price of the units' power"),
+    "l1": Metric("nats a unit", "λ‖W‖₁, the price of the weights' magnitudes"),
+    "sparsity": Metric("share", "weights that are exactly 0"),
+    "dead": Metric("share", "units without a weight that is not 0"),
+    "radius": Metric("pixels", "median radius of the first layer's receptive fields"),
+    "lr": Metric("1", "learning rate of the step"),
+    "steps_per_second": Metric("1/s", "since the metrics were written before", "speed"),
+    "images_per_second": Metric("1/s", "of the whole mesh, in the same time", "speed"),
+    "tflops": Metric(
+        "10¹² a second", "products with the weights, forward and backward, of the mesh", "speed"
+    ),
+    "input_share": Metric("share", "of the step: waiting for images, sharing and noise", "speed"),
+    "utilisation": Metric(
+        "share", "of the step in which a pipeline stage did not wait for another (CPU)", "speed"
+    ),
+    "magnitudes": Metric("log₁₀|w|", "histogram of a layer's weights that are not 0", "weights"),
+    "radii": Metric("pixels", "histogram of the first layer's radii, live units", "weights"),
+    "fields": Metric("picture", "receptive fields of 64 units, evenly spaced", "weights"),
+    "pruned_fields": Metric("picture", "the same behind pruning", "weights"),
+    "kernels": Metric("picture", "a layer's kernels, found by extraction", "weights"),
+}
+
+
+def metric(key: str) -> Metric:
+    """The glossary's entry of a logged key such as ``layer2/rate``.
+
+    Raises:
+        KeyError: it has none.
+    """
+    return METRICS[re.sub(r"^(layer|stage)\d+/", "", key)]
+
+
+def glossary() -> list[str]:
+    """A line a metric: key, unit, meaning."""
+    keys, units = (
+        max(map(len, column)) for column in (METRICS, [m.unit for m in METRICS.values()])
+    )
+    return [f"{key:{keys}}  {m.unit:{units}}  {m.meaning}" for key, m in METRICS.items()]
+
+
+class Histogram(NamedTuple):
+    """``counts`` (n,) between ``edges`` (n + 1,)."""
+
+    counts: NDArray[np.float64]
+    edges: NDArray[np.float64]
+
+
+class Fields(NamedTuple):
+    """Some units' receptive fields: weights (n, D)."""
+
+    weight: NDArray[np.float32]
+
+
+Value = float | Histogram | Fields
+Draw = Callable[[NDArray[np.float32]], Image.Image]  # of receptive fields (n, D)
+
+
+class Sink(Protocol):
+    """Someone on rank 0 who listens; whatever goes wrong there never stops a run."""
+
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        """Take one step's values."""
+
+    def alert(self, text: str) -> None:
+        """Take a warning that is worth somebody's attention."""
+
+    def close(self) -> None:
+        """Everything has been said."""
 
 
 @dataclass
@@ -39,12 +138,19 @@ class LogConfig:
         default=256,
         metadata={"help": "receptive fields a snapshot keeps, evenly spaced over units"},
     )
+    dead_alarm: float = field(
+        default=0.2, metadata={"help": "warn once when more than this share of a layer is dead"}
+    )
 
     def validate(self) -> None:
-        """Raise InputError for an interval under 1."""
+        """Raise InputError for an interval under 1, or a share that is none."""
         for name in ("every", "radius_every", "num_fields"):
             if getattr(self, name) < 1:
                 raise InputError(f"log.{name}={getattr(self, name)}; use 1 or more")
+        if not 0 <= self.dead_alarm <= 1:
+            raise InputError(
+                f"log.dead_alarm={self.dead_alarm} is no share; use 0 to 1, 1 for no alarm"
+            )
 
 
 @dataclass
@@ -69,10 +175,8 @@ def layer_metrics(
 ) -> dict[str, Tensor]:
     """Device scalars of the held layers, exact over the tensor-parallel group.
 
-    ``rate``, ``power``, ``l1`` and ``objective`` = rate − power − l1 are in nats a unit;
-    ``sparsity`` and ``dead`` are shares of weights that are exactly 0 and of units that have none
-    left. Keys of layers after the first start with ``layer2/`` and so on; in the network scope the
-    top layer's rate, power and objective are the run's and stand under their plain names too.
+    Keys of layers after the first start with ``layer2/`` and so on; in the network scope the top
+    layer's rate, power and objective are the run's and stand under their plain names too.
     """
     values: dict[str, Tensor] = {}
     for i in stack.indices:
@@ -82,7 +186,7 @@ def layer_metrics(
         magnitude = torch.linalg.vector_norm(weight, 1, dim=1).double()
         counts = torch.stack([nonzero.sum(), (nonzero == 0).sum(), magnitude.sum()])
         counts = mesh.tp.sum(counts)
-        prefix = "" if i == 0 else f"{layer_name(i)}/"
+        prefix = layer_prefix(i)
         values[f"{prefix}sparsity"] = 1 - counts[0] / (d * weight.shape[1])
         values[f"{prefix}dead"] = counts[1] / d
         values[f"{prefix}l1"] = l1 * counts[2] / d
@@ -97,6 +201,47 @@ def layer_metrics(
     return values
 
 
+def layer_prefix(index: int) -> str:
+    """What the keys of a layer start with."""
+    return "" if index == 0 else f"{layer_name(index)}/"
+
+
+def magnitudes(mesh: Mesh, weight: Tensor) -> Histogram:
+    """How large the weights of a layer are that are not 0, in decades.
+
+    weight: (d/tp, D), own rows; every process of the tp group calls this.
+    """
+    low, high, num_bins = _MAGNITUDES
+    counts = torch.zeros(num_bins, dtype=torch.float64, device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        decades = weight[rows].abs().log10().clamp(min=-1e30)  # zeros lie far below
+        inside = decades[decades > -1e30].clamp(low, high)
+        counts += torch.histc(inside.float(), num_bins, low, high).double()
+    edges = np.linspace(low, high, num_bins + 1)
+    return Histogram(mesh.tp.sum(counts).cpu().numpy(), edges)
+
+
+def radii(radius: Tensor) -> Histogram:
+    """Of the radii (d,) in pixels, NaN where a unit is dead."""
+    live = radius[~radius.isnan()].cpu().numpy()
+    return Histogram(*np.histogram(live, _RADII_BINS, (0.0, max(1.0, live.max(initial=0.0)))))
+
+
+def layer_flops(widths: Sequence[int], network_scope: bool) -> float:
+    """Operations an image takes in the products with all weights, forward and backward.
+
+    The gradient of a layer's input is made only where an objective further up asks for it.
+
+    Args:
+        widths: pixels of an image, then units of each layer.
+        network_scope: one objective at the top, instead of one a layer.
+    """
+    return sum(
+        2.0 * inputs * units * (3 if network_scope and i else 2)
+        for i, (inputs, units) in enumerate(pairwise(widths))
+    )
+
+
 class MetricsLog:
     """Collects every stage's metrics, joins them by step on rank 0 and writes them.
 
@@ -104,10 +249,12 @@ class MetricsLog:
         mesh: the mesh; one process of each pipeline stage records.
         folder: the run's folder.
         first_step: where this process's part of the run begins; later lines of an earlier, killed
-        part are
-            dropped.
+            part are dropped.
         num_steps: of the whole run, for the progress display.
-        sinks: further places for each step's metrics, such as W&B.
+        sinks: who else hears of it, on rank 0.
+        batch: images of a step.
+        flops: of an image.
+        dead_alarm: share of a layer's units above which a warning is given, once.
     """
 
     def __init__(
@@ -116,26 +263,29 @@ class MetricsLog:
         folder: RunFolder,
         first_step: int,
         num_steps: int,
-        sinks: list[Callable[[int, dict[str, float]], None]],
+        sinks: list[Sink],
+        batch: int,
+        flops: float,
+        dead_alarm: float,
     ) -> None:
-        self._mesh, self._sinks = mesh, sinks
-        self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._mesh, self._sinks, self._batch, self._flops = mesh, sinks, batch, flops
+        self._rows: list[tuple[int, dict[str, Tensor | Value]]] = []
         self._file: TextIO | None = None
         self._progress: Progress | None = None
-        self._warned = False
-        self._num_steps = num_steps
-        self._start = time.monotonic()
+        self._dead_alarm: float = dead_alarm
+        self._start = self._written = time.monotonic()
+        self._step = first_step
         if mesh.is_main:
             _keep_steps_until(folder, first_step)
             self._file = folder.metrics.open("a")
             self._progress = Progress(first_step, num_steps)
 
-    def record(self, step: int, values: Mapping[str, Tensor | float]) -> None:
-        """Keep one step's values, on the device until the next flush."""
+    def record(self, step: int, values: Mapping[str, Tensor | Value]) -> None:
+        """Keep one step's values, scalars on the device until the next flush."""
         if self._mesh.writes_shards:
             self._rows.append((step, dict(values)))
         if self._progress is not None:
-            self._progress.advance()
+            self._progress.at(step)
 
     def flush(self) -> None:
         """Join the stages' metrics and write them; every process calls this at the same steps."""
@@ -146,10 +296,16 @@ class MetricsLog:
         parts = self._mesh.join_stages(rows)
         if parts is None:
             return
+        joined: list[tuple[int, dict[str, Value]]] = []
         for same_step in zip(*parts, strict=True):
             step = same_step[0][0]
             assert all(other == step for other, _ in same_step)
-            values = {k: v for _, part in reversed(same_step) for k, v in part.items()}
+            joined.append(
+                (step, {k: v for _, part in reversed(same_step) for k, v in part.items()})
+            )
+        if joined and joined[-1][0] > self._step:
+            joined[-1][1].update(self._speed(joined[-1][0]))
+        for step, values in joined:
             self._write(step, values)
         assert self._file is not None
         self._file.flush()
@@ -162,26 +318,42 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.close()
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _speed(self, step: int) -> dict[str, Value]:
+        now = time.monotonic()
+        rate = (step - self._step) / (now - self._written)
+        self._step, self._written = step, now
+        images = rate * self._batch
+        return {
+            "steps_per_second": rate,
+            "images_per_second": images,
+            "tflops": images * self._flops / 1e12,
+        }
+
+    def _write(self, step: int, values: dict[str, Value]) -> None:
         assert self._file is not None
         assert self._progress is not None
         values = {"time": round(time.monotonic() - self._start, 3), **values}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        scalars = {k: v for k, v in values.items() if isinstance(v, float)}
+        if scalars.keys() != {"time"}:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._progress.show(scalars)
         for sink in self._sinks:
             sink(step, values)
-        self._progress.show(values)
-        dead = {k: v for k, v in values.items() if k.endswith("dead") and v > _DEAD_WARNING}
-        if dead and not self._warned and step < self._num_steps // 2:
-            self._warned = True
-            self._progress.say(
-                f"warning: {max(dead.values()):.0%} of the units of a layer are dead at step {step}; lower "
-                "objective.l1 (or optimizer.lr) if that is not what you want"
+        worst = max((v for k, v in scalars.items() if k.endswith("dead")), default=0.0)
+        if worst > self._dead_alarm:
+            text = (
+                f"{worst:.0%} of the units of a layer are dead at step {step}, more than log.dead_alarm="
+                f"{self._dead_alarm:g}; lower objective.l1 (or optimizer.lr) if that is not what you want"
             )
+            self._dead_alarm = 1.0  # once is enough
+            self._progress.say(f"warning: {text}")
+            for sink in self._sinks:
+                sink.alert(text)
 
 
 def _to_floats(
-    rows: list[tuple[int, dict[str, Tensor | float]]],
-) -> list[tuple[int, dict[str, float]]]:
+    rows: list[tuple[int, dict[str, Tensor | Value]]],
+) -> list[tuple[int, dict[str, Value]]]:
     """All device scalars in one copy."""
     tensors = [v.double() for _, row in rows for v in row.values() if isinstance(v, Tensor)]
     floats = iter(torch.stack(tensors).tolist() if tensors else [])
@@ -205,89 +377,124 @@ def _keep_steps_until(folder: RunFolder, last_step: int) -> None:
     folder.metrics.write_text("".join(kept))
 
 
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
+class _Forgiving:
+    """Turns exceptions into warnings, one for each thing that goes wrong."""
 
-    def __init__(self, first_step: int, num_steps: int) -> None:
-        self._live = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            disable=not self._live,
-            dynamic_ncols=True,
-        )
-        self._step, self._num_steps = first_step, num_steps
-        self._next_line = first_step
-        self._values: dict[str, float] = {}
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: set[str] = set()
 
-    def advance(self) -> None:
-        self._step += 1
-        self._bar.update()
-
-    def show(self, values: dict[str, float]) -> None:
-        """The newest rate, sparsity and radius."""
-        self._values |= {
-            k: values[k] for k in ("rate", "objective", "sparsity", "radius") if k in values
-        }
-        if self._live:
-            self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._values.items()}, refresh=False)
-        elif self._step >= self._next_line:
-            self._next_line = self._step + max(1, self._num_steps // 10)
-            figures = "  ".join(f"{k} {v:.3f}" for k, v in self._values.items())
-            self.say(f"step {self._step}/{self._num_steps}  {figures}")
-
-    def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        self._bar.close()
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if what not in self._said:
+                self._said.add(what)
+                log.warning(
+                    "warning: %s could not %s: %s; the run goes on, metrics.jsonl is complete",
+                    *(self._name, what, error),
+                )
 
 
 class WandbLog:
-    """Weights & Biases on rank 0; whatever goes wrong there never stops a run."""
+    """Weights & Biases on rank 0, one run of theirs for each of ours, however often it is resumed.
+
+    Their own step restarts whenever a run is resumed offline, so ``train/step`` is the axis. Files are
+    referred to where they lie, never copied. Without a network an online run is kept offline.
+
+    Args:
+        config: mode, project, group and tags.
+        folder: the run's; theirs are in ``wandb/`` inside it.
+        name: of the run.
+        run: its configuration.
+        draw: the montage of receptive fields (n, D).
+    """
 
     def __init__(
-        self, config: WandbConfig, folder: RunFolder, name: str, run: dict[str, Any]
+        self, config: WandbConfig, folder: RunFolder, name: str, run: dict[str, Any], draw: Draw
     ) -> None:
         self._run: Any = None
+        self._draw = draw
+        self._forgiving = _Forgiving("W&B")
+        self._referred: set[Path] = set()
         if config.mode == "disabled":
             return
-        identity = folder.path / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
         with self._forgiving("start"):
-            import wandb
+            identity = folder.path / "wandb_id"
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
+            self._start(config, config.mode, folder, name, identity.read_text().strip(), run)
+        if self._run is None and config.mode == "online":
+            with self._forgiving("start offline either"):
+                self._start(config, "offline", folder, name, identity.read_text().strip(), run)
 
-            self._run = wandb.init(
-                project=config.project,
-                group=config.group,
-                tags=config.tags,
-                name=name,
-                id=identity.read_text().strip(),
-                resume="allow",
-                dir=str(folder.path),
-                mode=config.mode,  # type: ignore[arg-type]
-                config=run,
-                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
-            )
-            # Resuming offline restarts W&B's own step, so ours is the axis.
-            self._run.define_metric("*", step_metric="train/step")
+    def _start(
+        self,
+        config: WandbConfig,
+        mode: str,
+        folder: RunFolder,
+        name: str,
+        identity: str,
+        run: dict[str, Any],
+    ) -> None:
+        import wandb
 
-    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self._run = wandb.init(
+            project=config.project,
+            group=config.group,
+            tags=config.tags,
+            name=name,
+            id=identity,
+            resume="allow",
+            dir=str(folder.path),
+            mode=mode,  # type: ignore[arg-type]
+            config=run,
+            settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
+        )
+        self._run.define_metric("*", step_metric="train/step")
+
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
         with self._forgiving("log"):
             if self._run is not None:
-                self._run.log({"train/step": step, **{f"train/{k}": v for k, v in values.items()}})
+                named = {_in_panel(key): self._logged(value) for key, value in values.items()}
+                self._run.log({"train/step": step, **named})
 
-    def images(self, step: int, pictures: Mapping[str, Any]) -> None:
-        """Log PIL images by name."""
-        with self._forgiving("log a picture"):
+    def _logged(self, value: Value | Image.Image) -> Any:
+        import wandb
+
+        if isinstance(value, Histogram):
+            return wandb.Histogram(np_histogram=(value.counts, value.edges))
+        if isinstance(value, Fields):
+            value = self._draw(value.weight)
+        return wandb.Image(value) if isinstance(value, Image.Image) else value
+
+    def alert(self, text: str) -> None:
+        with self._forgiving("send an alert"):
             if self._run is not None:
+                self._run.alert("dense2conv", text)
+
+    def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Log pictures by name."""
+        with self._forgiving("log a picture"):
+            if self._run is not None and pictures:
+                named = {_in_panel(key): self._logged(image) for key, image in pictures.items()}
+                self._run.log({"train/step": step, **named})
+
+    def artifact(self, kind: str, path: Path) -> None:
+        """Refer to a folder, such as a checkpoint; what lies in it stays there."""
+        with self._forgiving(f"refer to the {kind}"):
+            if self._run is not None and path.is_dir() and path not in self._referred:
                 import wandb
 
-                named = {name: wandb.Image(picture) for name, picture in pictures.items()}
-                self._run.log({"train/step": step, **named})
+                self._referred.add(path)
+
+                artifact = wandb.Artifact(
+                    f"{self._run.id}-{kind}", kind, metadata={"of": path.name}
+                )
+                # Checkpoints have checksums of their own; to read them all again takes minutes.
+                artifact.add_reference(path.resolve().as_uri(), checksum=False)
+                self._run.log_artifact(artifact, aliases=["latest", path.name])
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Put the run's final figures in its summary."""
@@ -302,25 +509,65 @@ class WandbLog:
             if self._run is not None:
                 self._run.finish()
 
-    def _forgiving(self, what: str) -> _Forgiving:
-        return _Forgiving(what)
+
+class TensorboardLog:
+    """TensorBoard's event files on rank 0, in ``tensorboard/`` inside the run's folder."""
+
+    def __init__(self, folder: RunFolder, draw: Draw) -> None:
+        self._writer: Any = None
+        self._draw = draw
+        self._forgiving = _Forgiving("TensorBoard")
+        with self._forgiving("start"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder.path / "tensorboard"))
+
+    @staticmethod
+    def require() -> None:
+        """Raise InputError where TensorBoard is not installed."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "tensorboard=true needs a package that is not installed: "
+                "pip install -c constraints.txt 'dense2conv[tensorboard]', or tensorboard=false"
+            )
+
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        with self._forgiving("log"):
+            if self._writer is not None:
+                for key, value in values.items():
+                    self._add(_in_panel(key), value, step)
+
+    def _add(self, key: str, value: Value, step: int) -> None:
+        if isinstance(value, Fields):
+            picture = np.asarray(self._draw(value.weight))
+            self._writer.add_image(key, picture, step, dataformats="HWC")
+        elif isinstance(value, Histogram):
+            counts, edges = value
+            centres = (edges[1:] + edges[:-1]) / 2
+            self._writer.add_histogram_raw(
+                key,
+                min=edges[0],
+                max=edges[-1],
+                num=int(counts.sum()),
+                sum=(counts * centres).sum(),
+                sum_squares=(counts * centres**2).sum(),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+        else:
+            self._writer.add_scalar(key, value, step)
+
+    def alert(self, text: str) -> None:
+        with self._forgiving("log a text"):
+            if self._writer is not None:
+                self._writer.add_text("warning", text)
+
+    def close(self) -> None:
+        with self._forgiving("finish"):
+            if self._writer is not None:
+                self._writer.close()
 
 
-class _Forgiving:
-    """Turns an exception into one warning."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> bool:
-        if kind is None or not issubclass(kind, Exception):
-            return False
-        log.warning(
-            "W&B could not %s: %s; the run goes on, metrics.jsonl is complete", self._what, error
-        )
-        return True
+def _in_panel(key: str) -> str:
+    return f"{metric(key).panel}/{key}"

@@ -82,7 +82,7 @@ def prune(config: Config, mesh: Mesh, folder: RunFolder) -> None:
     save_fields(config, flat, folder, stack, "pruned")
     network, timeout_s = identity(config), config.parallel.timeout_s
     checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, flat, network, timeout_s)
-    checkpoints.save(step, stack, optimizer, pruned=True)
+    checkpoints.save(step, stack, optimizer, pruned=True, extra=checkpoint.extra_of(newest))
     checkpoints.wait()
     kept = [float(flat.tp.sum(mask.sum(dtype=torch.float64))) for mask in masks]
     if mesh.is_main:

@@ -4,10 +4,12 @@ import io
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import skimage.data
+from PIL import ExifTags, Image
 
 from dense2conv.data.decode import BadImage, decode, prepared
 from dense2conv.shapes import InputError
@@ -205,3 +207,54 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(InputError, match=r"pip install -c constraints.txt simplejpeg"):
         decode(_JPEG)
+
+
+def _astronaut(height=480, width=512):
+    photograph = np.asarray(Image.open(Path(skimage.data.__file__).parent / "astronaut.png"))
+    return np.asarray(Image.fromarray(photograph).resize((width, height), Image.Resampling.LANCZOS))
+
+
+@pytest.mark.parametrize(
+    ("resize", "height", "width"),
+    [(0, 480, 512), (121, 480, 512), (120, 240, 256), (60, 120, 128), (30, 60, 64), (8, 60, 64)],
+)
+def test_a_large_jpeg_comes_at_a_fraction_that_is_twice_as_large_as_asked_for(
+    resize, height, width
+):
+    data = encoded(_astronaut(), quality=90)
+    found = decode(data, resize)
+    assert found.shape == (height, width, 3)
+    if height == 480:
+        assert np.array_equal(found, decode(data))
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("resize", [36, 72])
+def test_a_fraction_is_nearly_the_whole_picture_when_resized(resize, subsampling):
+    data = encoded(_astronaut(), quality=92, subsampling=subsampling)
+    whole, found = (prepared(decode(data, r), resize, 3).astype(float) for r in (0, resize))
+    assert whole.shape == found.shape
+    psnr = 10 * np.log10(255**2 / np.square(whole - found).mean())
+    assert 36 < psnr < 60, psnr
+    spectra = [np.abs(np.fft.fft2(p.mean(2) - p.mean())) ** 2 for p in (whole, found)]
+    frequency = np.hypot(np.fft.fftfreq(whole.shape[0])[:, None], np.fft.fftfreq(whole.shape[1]))
+    kept = [spectrum[(frequency > 0.2) & (frequency < 0.4)].sum() for spectrum in spectra]
+    assert 0.9 < kept[1] / kept[0] < 1.02
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_large_turned_photograph_is_upright_too(orientation):
+    pixels = _astronaut()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(pixels, quality=95, exif=exif.tobytes())
+    upright = np.rot90(pixels, {3: 2, 6: 3}[orientation])
+    found = prepared(decode(data, 36), 36, 3)
+    expected = prepared(np.ascontiguousarray(upright), 36, 3)
+    assert np.abs(found.astype(int) - expected.astype(int)).mean() < 3
+
+
+def test_a_fraction_of_odd_sizes_is_rounded_up():
+    for height, width in [(479, 333), (401, 397)]:
+        found = decode(encoded(_astronaut(height, width)), 20)
+        assert found.shape[:2] == (-(-height // 8), -(-width // 8))

@@ -5,10 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dense2conv.data import DataConfig, Images, ImageSource, moments, open_source
 from dense2conv.data.crops import Crops
-from dense2conv.data.whitening import Whitened
+from dense2conv.data.whitening import FourierWhitened, Whitened, power_spectrum
 from dense2conv.parallel import ParallelConfig, open_mesh
 from dense2conv.shapes import Geometry, ImageShape, InputError
 from tests.data.test_crops import Ramps
@@ -35,6 +36,9 @@ class Drawn(ImageSource):
     def standardise(self, pixels):
         return pixels
 
+    def fingerprint(self):
+        return "drawn"
+
 
 @pytest.mark.parametrize("num", [2, 5, 512, 513, 2000])
 def test_moments_are_numpys(num):
@@ -53,14 +57,16 @@ def _sharded():
         found = [moments(Drawn(), num, mesh.dp) for num in (3, 700)]
         config = DataConfig(kind="imagenet", side=8, channels=3, statistics_samples=50)
         source = Crops(config, 0, Ramps(30), Ramps(5), mesh.dp)
-        return found, source.batch(3, 9, range(9))
+        return found, source.batch(3, 9, range(9)), power_spectrum(source, 50, mesh.dp)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_find_together_what_one_finds(world_size):
     config = DataConfig(kind="imagenet", side=8, channels=3, statistics_samples=50)
     batch = Crops(config, 0, Ramps(30), Ramps(5)).batch(3, 9, range(9))
-    for found, own_batch in on_ranks(world_size, _sharded):
+    spectrum = power_spectrum(Crops(config, 0, Ramps(30), Ramps(5)), 50)
+    for found, own_batch, own_spectrum in on_ranks(world_size, _sharded):
+        assert torch.allclose(own_spectrum, spectrum, rtol=0, atol=1e-11)
         for num, one in zip((3, 700), found, strict=True):
             expected = moments(Drawn(), num)
             assert torch.allclose(one.mean, expected.mean, rtol=0, atol=1e-12)
@@ -174,3 +180,126 @@ def test_mosaics_and_gaussian_images_of_ones_own_photographs(tmp_path):
         open_source(DataConfig(kind="mosaic", side=12, root=str(tmp_path / "absent")), seed=0)
     with pytest.raises(InputError, match="holds no images"):
         open_source(DataConfig(kind="gaussian", root=str(tmp_path)), seed=0)
+
+
+# ---- one filter for all places
+
+
+class Correlated(Drawn):
+    """Pictures of two channels, odd and even sides, whose pixels and channels depend on each other."""
+
+    def __init__(self, channels=2, height=5, width=6):
+        generator = torch.Generator().manual_seed(0)
+        shape = ImageShape(channels, height, width)
+        self.geometry = Geometry.of_image(shape)
+        x = torch.randn(3000, channels, height, width, generator=generator)
+        x = x + 0.7 * x.roll(1, -1) + 0.5 * x.roll(1, -2)
+        mixing = torch.tensor([[1.0, 0.6], [0.2, 1.0]])[:channels, :channels]
+        self._x = torch.einsum("nchw,cd->ndhw", x, mixing).flatten(1)
+
+
+def _transform(x, shape):
+    pictures = x.double().numpy().reshape(-1, shape.channels, shape.height, shape.width)
+    return np.fft.fft2(pictures, norm="ortho")
+
+
+@pytest.mark.parametrize("num", [1, 7, 3000])
+def test_the_power_spectrum_is_numpys(num):
+    source = Correlated()
+    x_hat = _transform(source.training_sample(num), source.geometry.shape)
+    expected = np.einsum("nchw,ndhw->hwcd", x_hat, x_hat.conj()) / num
+    assert np.allclose(power_spectrum(source, num), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(("channels", "ridge"), [(1, 1e-9), (1, 0.5), (2, 1e-9), (2, 0.5)])
+def test_fourier_whitening_leaves_what_the_ridge_leaves_at_every_frequency(channels, ridge):
+    source = Correlated(channels)
+    spectrum = power_spectrum(source, 3000)
+    white = FourierWhitened(source, spectrum, ridge)
+    found = power_spectrum(white, 3000)
+    left = torch.linalg.inv(spectrum + ridge * torch.eye(channels)) @ spectrum
+    assert torch.allclose(
+        torch.linalg.eigvals(found).real.sort().values,
+        torch.linalg.eigvals(left).real.sort().values,
+        atol=1e-5,
+    )
+    if channels == 2 and ridge < 1e-6:
+        assert torch.allclose(found, torch.eye(2).to(found).expand_as(found), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_fourier_whitening_commutes_with_shifts(channels):
+    source = Correlated(channels)
+    white = FourierWhitened(source, power_spectrum(source, 3000), 0.01)
+    shape = source.geometry.shape
+    x = source.training_sample(10).view(-1, shape.channels, shape.height, shape.width)
+    shifted = x.roll((2, 3), (-2, -1))
+    expected = white.standardise(x.flatten(1)).view_as(x).roll((2, 3), (-2, -1))
+    assert torch.allclose(white.standardise(shifted.flatten(1)).view_as(x), expected, atol=1e-5)
+
+
+def test_fourier_whitening_keeps_the_phases_of_grey_images():
+    source = Correlated(1)
+    white = FourierWhitened(source, power_spectrum(source, 3000), 0.01)
+    x = source.training_sample(10)
+    before, after = (_transform(v, source.geometry.shape) for v in (x, white.standardise(x)))
+    assert np.abs(np.angle(after / before)).max() < 1e-3
+
+
+def test_fourier_whitening_by_its_key_takes_sides_that_zca_cannot():
+    config = DataConfig(side=160, channels=3, whiten="fourier", statistics_samples=40)
+    white = open_source(config, seed=0)
+    assert white.geometry.shape == ImageShape(3, 160, 160)
+    x = white.held_out(4)
+    assert x.isfinite().all()
+    plain = open_source(DataConfig(side=160, channels=3), seed=0).held_out(4)
+
+    def slope(images):
+        """How power falls from low to high frequencies, decades."""
+        power = np.square(np.abs(_transform(images, white.geometry.shape))).mean((0, 1))
+        return np.log10(power[1:9, 1:9].mean() / power[60:80, 60:80].mean())
+
+    assert slope(plain) > 2.5
+    assert abs(slope(x)) < 1.5
+
+
+# ---- what images are called
+
+
+def test_a_fingerprint_is_the_same_wherever_the_set_lies_and_changes_with_it(tmp_path):
+    def named(folder):
+        config = DataConfig(kind="imagenet", root=str(tmp_path / folder), side=4, channels=3)
+        return open_source(config, 0).fingerprint()
+
+    for folder in ("a", "b/c"):
+        for name in ("x", "y"):
+            path = tmp_path / folder / "train" / name
+            path.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (9, 9), (i, 0, 0)).save(path / f"{i}.png")
+    whole = named("a")
+    assert whole == named("b/c")
+    assert whole.startswith("14-")
+    (tmp_path / "a/train/x/7.png").unlink()
+    fewer = named("a")
+    assert fewer != whole
+    Image.new("RGB", (9, 9)).save(tmp_path / "a/train/x/8.png")
+    assert named("a") not in (whole, fewer)
+
+
+def test_fingerprints_name_what_is_done_to_the_pixels():
+    def named(**changes):
+        return open_source(DataConfig(side=6, statistics_samples=100, **changes), 0).fingerprint()
+
+    found = [
+        named(),
+        named(whiten="zca"),
+        named(whiten="fourier"),
+        named(permute_pixels=True),
+        named(kind="gaussian"),
+        named(kind="mosaic"),
+        named(kind="noise"),
+        named(channels=3),
+    ]
+    assert len(set(found)) == len(found)
+    assert named() == found[0]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dense2conv.models import DenseStack, ModelConfig
 from dense2conv.objectives import EfficientCoding, ObjectiveConfig, Terms
 from dense2conv.parallel.mesh import Mesh, ParallelConfig
+from dense2conv.parallel.pipeline import Pipeline
 from dense2conv.shapes import InputError
 
 ENGINES = ("native", "fairscale", "deepspeed")
@@ -41,6 +42,8 @@ class Engine(Protocol):
     It owns the gradients from ``forward_backward`` to ``step``; every process calls its methods in
     the same order.
     """
+
+    pipeline: Pipeline
 
     @property
     def takes_images(self) -> bool:
