@@ -57,15 +57,23 @@ class DenseLayer(nn.Module):
         num_units: d, of the whole layer.
         units: which of them this module holds.
         bias: whether units have a bias.
+        dtype: of the weights.
     """
 
     mask: Tensor | None
 
-    def __init__(self, num_inputs: int, num_units: int, units: range, bias: bool) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        num_units: int,
+        units: range,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.num_inputs, self.num_units, self.units = num_inputs, num_units, units
-        self.weight = nn.Parameter(torch.empty(len(units), num_inputs))
-        self.bias = nn.Parameter(torch.empty(len(units))) if bias else None
+        self.weight = nn.Parameter(torch.empty(len(units), num_inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(len(units), dtype=dtype)) if bias else None
         self.register_buffer("mask", None)
 
     @torch.no_grad()
@@ -109,12 +117,12 @@ class Standardise(nn.Module):
     num_batches: Tensor
     momentum = 0.01
 
-    def __init__(self, num_units: int, num_held: int) -> None:
+    def __init__(self, num_units: int, num_held: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_units = num_units
-        self.register_buffer("mean", torch.empty(num_held))
-        self.register_buffer("scale", torch.empty(()))
-        self.register_buffer("num_batches", torch.empty(()))
+        self.register_buffer("mean", torch.empty(num_held, dtype=dtype))
+        self.register_buffer("scale", torch.empty((), dtype=dtype))
+        self.register_buffer("num_batches", torch.empty((), dtype=dtype))
 
     @torch.no_grad()
     def init(self) -> None:
@@ -149,6 +157,7 @@ class DenseStack(nn.Module):
         config: widths, non-linearity and the rest.
         layout: which units are held; the default holds all.
         layers: which layers are held (a pipeline stage); the default holds all.
+        dtype: of the weights.
     """
 
     def __init__(
@@ -157,6 +166,7 @@ class DenseStack(nn.Module):
         config: ModelConfig,
         layout: Layout = SINGLE,
         layers: range | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.config, self.layout = config, layout
@@ -169,9 +179,9 @@ class DenseStack(nn.Module):
         for i in self.indices:
             units = layout.features.shard(config.widths[i])
             name = layer_name(i)
-            self.layers[name] = DenseLayer(inputs[i], config.widths[i], units, config.bias)
+            self.layers[name] = DenseLayer(inputs[i], config.widths[i], units, config.bias, dtype)
             if config.standardise and i < self.num_layers - 1:
-                self.standardise[name] = Standardise(config.widths[i], len(units))
+                self.standardise[name] = Standardise(config.widths[i], len(units), dtype)
 
     def init(self, seed: int) -> DenseStack:
         """Fill all weights from ``seed``, the same numbers on any mesh."""
