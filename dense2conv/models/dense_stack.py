@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dense2conv.nonlinearities import nonlinearity
-from dense2conv.rng import INIT, normal_rows
+from dense2conv.rng import INIT, normal_blocks
 from dense2conv.shapes import SINGLE, WHOLE, Axis, InputError, Layout
-
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass
@@ -80,10 +78,8 @@ class DenseLayer(nn.Module):
     def init(self, seed: int, index: int, scale: float) -> None:
         """Fill the own rows: the same numbers whichever units the module holds."""
         std = scale / self.num_inputs**0.5
-        for start in range(0, len(self.units), _ROWS_AT_ONCE):  # no second copy of a huge shard
-            rows = self.units[start : start + _ROWS_AT_ONCE]
-            values = normal_rows((seed, INIT, index), rows, self.num_inputs) * std
-            self.weight[start : start + len(rows)].copy_(values)
+        for rows, values in normal_blocks((seed, INIT, index), self.units, self.num_inputs):
+            self.weight[rows].copy_(values.mul_(std))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -97,7 +93,7 @@ class DenseLayer(nn.Module):
     def apply_mask(self) -> None:
         """Zero the pruned weights again."""
         if self.mask is not None:
-            self.weight.mul_(self.mask)
+            self.weight.masked_fill_(~self.mask, 0)  # a product would widen the whole mask
 
     def forward(self, x: Tensor, columns: Axis = WHOLE) -> Tensor:
         """The output (m, d/tp) for inputs (m, D), whose columns may be spread over an axis."""

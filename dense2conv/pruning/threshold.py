@@ -17,7 +17,7 @@ from torch import Tensor
 from dense2conv.shapes import Axis, InputError
 
 _ROUNDS = 4
-_PIECE = 1 << 20  # weights that are looked at at once
+_PIECE = 1 << 18  # weights that are looked at at once
 
 
 @dataclass
