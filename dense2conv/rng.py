@@ -7,6 +7,8 @@ meshes agree on every number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,11 +37,18 @@ def normal_rows(name: tuple[int, ...], rows: range, width: int) -> Tensor:
         (len(rows), width) float32 on the CPU.
     """
     out = torch.empty(len(rows), width)
+    for where, values in normal_blocks(name, rows, width):
+        out[where] = values
+    return out
+
+
+def normal_blocks(name: tuple[int, ...], rows: range, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """``normal_rows`` a few rows at a time, each with where among ``rows`` they belong."""
     if not rows:
-        return out
+        return
     for block in range(rows.start // _BLOCK, (rows.stop - 1) // _BLOCK + 1):
         values = torch.randn(_BLOCK, width, generator=generator(*name, block))
         first = block * _BLOCK
         start, stop = max(rows.start, first), min(rows.stop, first + _BLOCK)
-        out[start - rows.start : stop - rows.start] = values[start - first : stop - first]
-    return out
+        where = slice(start - rows.start, stop - rows.start)
+        yield where, values[start - first : stop - first]

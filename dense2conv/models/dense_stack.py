@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dense2conv.nonlinearities import nonlinearity
-from dense2conv.rng import INIT, normal_rows
+from dense2conv.rng import INIT, normal_blocks
 from dense2conv.shapes import SINGLE, WHOLE, Axis, InputError, Layout
-
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass
@@ -57,25 +55,31 @@ class DenseLayer(nn.Module):
         num_units: d, of the whole layer.
         units: which of them this module holds.
         bias: whether units have a bias.
+        dtype: of the weights.
     """
 
     mask: Tensor | None
 
-    def __init__(self, num_inputs: int, num_units: int, units: range, bias: bool) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        num_units: int,
+        units: range,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.num_inputs, self.num_units, self.units = num_inputs, num_units, units
-        self.weight = nn.Parameter(torch.empty(len(units), num_inputs))
-        self.bias = nn.Parameter(torch.empty(len(units))) if bias else None
+        self.weight = nn.Parameter(torch.empty(len(units), num_inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(len(units), dtype=dtype)) if bias else None
         self.register_buffer("mask", None)
 
     @torch.no_grad()
     def init(self, seed: int, index: int, scale: float) -> None:
         """Fill the own rows: the same numbers whichever units the module holds."""
         std = scale / self.num_inputs**0.5
-        for start in range(0, len(self.units), _ROWS_AT_ONCE):  # no second copy of a huge shard
-            rows = self.units[start : start + _ROWS_AT_ONCE]
-            values = normal_rows((seed, INIT, index), rows, self.num_inputs) * std
-            self.weight[start : start + len(rows)].copy_(values)
+        for rows, values in normal_blocks((seed, INIT, index), self.units, self.num_inputs):
+            self.weight[rows].copy_(values.mul_(std))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -89,7 +93,7 @@ class DenseLayer(nn.Module):
     def apply_mask(self) -> None:
         """Zero the pruned weights again."""
         if self.mask is not None:
-            self.weight.mul_(self.mask)
+            self.weight.masked_fill_(~self.mask, 0)  # a product would widen the whole mask
 
     def forward(self, x: Tensor, columns: Axis = WHOLE) -> Tensor:
         """The output (m, d/tp) for inputs (m, D), whose columns may be spread over an axis."""
@@ -109,12 +113,12 @@ class Standardise(nn.Module):
     num_batches: Tensor
     momentum = 0.01
 
-    def __init__(self, num_units: int, num_held: int) -> None:
+    def __init__(self, num_units: int, num_held: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_units = num_units
-        self.register_buffer("mean", torch.empty(num_held))
-        self.register_buffer("scale", torch.empty(()))
-        self.register_buffer("num_batches", torch.empty(()))
+        self.register_buffer("mean", torch.empty(num_held, dtype=dtype))
+        self.register_buffer("scale", torch.empty((), dtype=dtype))
+        self.register_buffer("num_batches", torch.empty((), dtype=dtype))
 
     @torch.no_grad()
     def init(self) -> None:
@@ -149,6 +153,7 @@ class DenseStack(nn.Module):
         config: widths, non-linearity and the rest.
         layout: which units are held; the default holds all.
         layers: which layers are held (a pipeline stage); the default holds all.
+        dtype: of the weights.
     """
 
     def __init__(
@@ -157,6 +162,7 @@ class DenseStack(nn.Module):
         config: ModelConfig,
         layout: Layout = SINGLE,
         layers: range | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.config, self.layout = config, layout
@@ -169,9 +175,9 @@ class DenseStack(nn.Module):
         for i in self.indices:
             units = layout.features.shard(config.widths[i])
             name = layer_name(i)
-            self.layers[name] = DenseLayer(inputs[i], config.widths[i], units, config.bias)
+            self.layers[name] = DenseLayer(inputs[i], config.widths[i], units, config.bias, dtype)
             if config.standardise and i < self.num_layers - 1:
-                self.standardise[name] = Standardise(config.widths[i], len(units))
+                self.standardise[name] = Standardise(config.widths[i], len(units), dtype)
 
     def init(self, seed: int) -> DenseStack:
         """Fill all weights from ``seed``, the same numbers on any mesh."""

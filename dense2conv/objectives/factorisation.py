@@ -36,7 +36,17 @@ def in_enough_digits(value: Callable[[Tensor], Value], features: Tensor) -> Valu
     try:
         return value(features)
     except LostDigits:
-        return value(features.double())
+        pass  # the exception, and with it what the attempt has made, is let go of first
+    return value(features.double())
+
+
+def is_true(fact: Tensor) -> bool:
+    """What a device value says, for which the host waits: all that these factorisations ask it.
+
+    Whoever runs them on tensors without numbers replaces this by a constant no: no digits to spare,
+    nothing failed.
+    """
+    return bool(fact)
 
 
 def factorise(gram: Tensor, alpha: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -49,7 +59,7 @@ def factorise(gram: Tensor, alpha: Tensor, name: str) -> tuple[Tensor, Tensor]:
         ValueError: G holds NaN or Inf, whatever ``name`` names computed it.
     """
     scale = alpha[..., None, None]
-    if gram.dtype == torch.float32 and _digits_lost(gram, alpha) <= _NOTHING:
+    if gram.dtype == torch.float32 and _has_digits_to_spare(gram, alpha):
         i_plus = gram * scale.float()
     else:
         i_plus = gram.double() * scale
@@ -58,7 +68,7 @@ def factorise(gram: Tensor, alpha: Tensor, name: str) -> tuple[Tensor, Tensor]:
     factor = i_plus.mT
     info = torch.empty(gram.shape[:-2], dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    if bool(info.any()):
+    if is_true(info.any()):
         raise ValueError(
             f"the features of {name} hold NaN or Inf; lower the learning rate, or look at the data"
             if not bool(gram.isfinite().all())
@@ -106,22 +116,21 @@ class _Inverse(torch.autograd.Function):
         return -(inverse @ grads[0] @ inverse), None
 
 
-def _digits_lost(gram: Tensor, alpha: Tensor) -> float:
-    """What rounding an fp32 Gram matrix may add to an eigenvalue of I + αG, at worst.
+def _has_digits_to_spare(gram: Tensor, alpha: Tensor) -> bool:
+    """Whether rounding an fp32 Gram matrix adds nothing to an eigenvalue of I + αG, even at worst.
 
     λ_max is bounded by ‖G‖_F, and where that is not enough by ‖G²‖_F^½, both far tighter than the
     trace.
 
     Raises:
-        LostDigits: it is more than a little.
+        LostDigits: it adds more than a little.
     """
-    bound = (
-        float((torch.linalg.matrix_norm(gram) * alpha * _FP32_EPS).max()) if alpha.numel() else 0.0
-    )
-    if bound <= _LITTLE:
-        return bound
-    gram = gram.double()
-    squared = torch.linalg.matrix_norm(gram @ gram).sqrt()
-    if not float((squared * alpha * _FP32_EPS).max()) <= _LITTLE:
-        raise LostDigits
-    return _LITTLE
+    added = torch.linalg.matrix_norm(gram) * alpha * _FP32_EPS
+    if is_true((added <= _NOTHING).all()):
+        return True
+    if not is_true((added <= _LITTLE).all()):
+        gram = gram.double()
+        added = torch.linalg.matrix_norm(gram @ gram).sqrt() * alpha * _FP32_EPS
+        if not is_true((added <= _LITTLE).all()):
+            raise LostDigits
+    return False

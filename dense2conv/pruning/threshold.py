@@ -8,7 +8,7 @@ fixed and no branch depends on a device value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from dense2conv.shapes import Axis, InputError
 
 _ROUNDS = 4
+_PIECE = 1 << 18  # weights that are looked at at once
 
 
 @dataclass
@@ -60,46 +61,56 @@ def magnitude_mask(shards: Sequence[Tensor], num_kept: int, axis: Axis) -> list[
     """
     if not shards:
         return []
-    keys = [_order_preserving(shard) for shard in shards]
-    bits = 64 if keys[0].dtype == torch.int64 else 32
+    bits = 64 if shards[0].dtype == torch.float64 else 32
     width = bits // _ROUNDS
-    device = keys[0].device
+    device = shards[0].device
     prefix = torch.zeros((), dtype=torch.int64, device=device)  # top bits of the k-th key, so far
     # The rank of the k-th key within that prefix; keeping none is settled at the end.
     wanted = torch.tensor(max(num_kept, 1), dtype=torch.int64, device=device)
 
     for shift in range(bits - width, -1, -width):
         histogram = torch.zeros(2**width, dtype=torch.int64, device=device)
-        for key in keys:
-            digit = (key.long() >> shift) & (2**width - 1)
-            # Keys outside the prefix add 0 rather than being selected: no size depends on data.
-            inside = ((key.long() >> shift) >> width == prefix).long()
-            histogram.index_add_(0, digit.flatten(), inside.flatten())
+        for shard in shards:
+            for _, key in _keys(shard):
+                digit = (key >> shift) & (2**width - 1)
+                # Keys outside the prefix add 0 rather than being selected: no size depends on data.
+                inside = ((key >> shift) >> width == prefix).long()
+                histogram.index_add_(0, digit, inside)
         histogram = axis.sum(histogram)
         above = histogram.flip(0).cumsum(0).flip(0) - histogram  # keys with a larger digit
         # The digit of the k-th key: the largest one with at least `wanted` keys at or above it.
         enough = above + histogram >= wanted
         digit = (enough * torch.arange(2**width, device=device)).amax()
-        wanted = wanted - above[digit]
+        wanted = wanted - above.take(digit)  # above[digit] would wait for the digit
         prefix = (prefix << width) | digit
 
-    ties = [key.long() == prefix for key in keys]
     masks = []
     before = torch.zeros((), dtype=torch.int64, device=device)  # ties in earlier tensors
-    for key, tie in zip(keys, ties, strict=True):
+    for shard in shards:
         counts = torch.zeros(axis.size, dtype=torch.int64, device=device)
-        counts[axis.rank] = tie.sum()
+        for _, key in _keys(shard):
+            counts[axis.rank] += (key == prefix).sum()
         counts = axis.sum(counts)
-        rank_of_tie = before + counts[: axis.rank].sum() + tie.flatten().cumsum(0)  # from 1
-        kept = (key.long() > prefix) | (tie & (rank_of_tie.view_as(tie) <= wanted))
-        masks.append(kept & (key != 0) & (num_kept > 0))
+        num_ties = before + counts[: axis.rank].sum()
+        mask = torch.empty(shard.shape, dtype=torch.bool, device=device)
+        for where, key in _keys(shard):
+            tie = key == prefix
+            rank_of_tie = num_ties + tie.cumsum(0)  # from 1
+            kept = (key > prefix) | (tie & (rank_of_tie <= wanted))
+            mask.view(-1)[where] = kept & (key != 0) & (num_kept > 0)
+            num_ties = rank_of_tie[-1]
+        masks.append(mask)
         before = before + counts.sum()
     return masks
 
 
-def _order_preserving(weight: Tensor) -> Tensor:
-    """|w| as integers of the same order."""
-    magnitude = weight.detach().abs()
-    if magnitude.dtype == torch.float64:
-        return magnitude.view(torch.int64)
-    return magnitude.float().view(torch.int32)
+def _keys(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """|w| as int64 of the same order, (n,), a piece after the other, so that temporaries are small."""
+    flat = weight.detach().reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        where = slice(start, start + _PIECE)
+        magnitude = flat[where].abs()
+        if magnitude.dtype == torch.float64:
+            yield where, magnitude.view(torch.int64)
+        else:
+            yield where, magnitude.float().view(torch.int32).long()

@@ -126,10 +126,9 @@ def train(
 
 def build_stack(config: Config, mesh: Mesh, num_inputs: int) -> DenseStack:
     """This process's share of the network, allocated and not yet filled."""
-    stages = mesh.stage(len(config.model.widths))
-    with torch.device("meta"):
-        stack = DenseStack(num_inputs, config.model, mesh.layout, stages)
-    return stack.to(config.train.torch_dtype).to_empty(device=mesh.device)
+    layers = mesh.stage(len(config.model.widths))
+    with mesh.device:
+        return DenseStack(num_inputs, config.model, mesh.layout, layers, config.train.torch_dtype)
 
 
 def identity(config: Config) -> dict[str, Any]:

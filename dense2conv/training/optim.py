@@ -116,16 +116,16 @@ class ProxAdam(Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                     state["row_metric"] = p.new_zeros(p.shape[0], *[1] * (p.ndim - 1))
                 state["step"] += 1
-                step = int(state["step"])
+                step = state["step"].double()  # a tensor: nobody waits for its value
                 momentum, metric = state["momentum"], state["row_metric"]
                 momentum.lerp_(p.grad, 1 - beta1)
                 square = torch.linalg.vector_norm(
                     p.grad.flatten(1) if p.ndim > 1 else p.grad[:, None], dim=1
                 ).square_()
-                metric.lerp_(square.view_as(metric) / max(1, p[0].numel()), 1 - beta2)
+                metric.lerp_(square.view_as(metric) / p.shape[1:].numel(), 1 - beta2)
                 root = (metric / (1 - beta2**step)).sqrt_().add_(group["eps"])
                 step_size = group["lr"] / root  # (d, 1): one a row
-                p.addcmul_(momentum, step_size, value=-1 / (1 - beta1**step))
+                p.addcmul_(momentum, step_size / (1 - beta1**step), value=-1)
                 if group["l1"]:
                     soft_threshold(p, step_size * group["l1"])
         return loss

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dense2conv.models import DenseStack
+from dense2conv.models import DenseLayer, DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.parallel import Mesh
 from dense2conv.parallel.mesh import flat_mesh
-from dense2conv.pruning import magnitude_mask
-from dense2conv.shapes import InputError
+from dense2conv.pruning import PruneConfig, magnitude_mask
+from dense2conv.shapes import Axis, InputError
 from dense2conv.training import checkpoint
 from dense2conv.training.checkpoint import Checkpoints
 from dense2conv.training.config import Config
@@ -64,29 +64,20 @@ def prune(config: Config, mesh: Mesh, folder: RunFolder) -> None:
     step = checkpoint.load(newest, flat, stack, optimizer, identity(config))
 
     layers = [stack.layer(i) for i in stack.indices]
-    sizes = [layer.num_units * layer.num_inputs for layer in layers]
-    counts = [size - math.ceil(config.prune.sparsity * size) for size in sizes]
-    shards = [layer.weight.detach() for layer in layers]
-    if config.prune.scope == "global":
-        masks = magnitude_mask(shards, sum(counts), flat.tp)
-    else:
-        masks = [
-            magnitude_mask([shard], count, flat.tp)[0]
-            for shard, count in zip(shards, counts, strict=True)
-        ]
+    before = [_magnitude(layer, flat) for layer in layers]
+    mask_smallest(config.prune, layers, flat.tp)
     lost = [
-        _magnitude_lost(layer.weight, mask, flat) for layer, mask in zip(layers, masks, strict=True)
+        1 - _magnitude(layer, flat) / all_of_it if all_of_it else 0.0
+        for layer, all_of_it in zip(layers, before, strict=True)
     ]
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.set_mask(mask)
     save_fields(config, flat, folder, stack, "pruned")
     network, timeout_s = identity(config), config.parallel.timeout_s
     checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, flat, network, timeout_s)
     checkpoints.save(step, stack, optimizer, pruned=True, extra=checkpoint.extra_of(newest))
     checkpoints.wait()
-    kept = [float(flat.tp.sum(mask.sum(dtype=torch.float64))) for mask in masks]
+    kept = [int(flat.tp.sum(layer.mask.count_nonzero())) for layer in layers]  # type: ignore[union-attr]
     if mesh.is_main:
-        total = sum(sizes)
+        total = sum(layer.num_units * layer.num_inputs for layer in layers)
         for i, share in enumerate(lost):
             if share > _MUCH:
                 log.warning(
@@ -96,12 +87,31 @@ def prune(config: Config, mesh: Mesh, folder: RunFolder) -> None:
                     round(kept[i] / layers[i].num_units),
                 )
         log.info(
-            "pruned: %.0f of %d weights stay (%.1f %%)", sum(kept), total, 100 * sum(kept) / total
+            "pruned: %d of %d weights stay (%.1f %%)", sum(kept), total, 100 * sum(kept) / total
         )
 
 
-def _magnitude_lost(weight: Tensor, mask: Tensor, mesh: Mesh) -> float:
-    """The share of Σ|w| that a mask takes away."""
-    magnitude = weight.detach().abs().double()
-    sums = mesh.tp.sum(torch.stack([(magnitude * ~mask).sum(), magnitude.sum()]))
-    return float(sums[0] / sums[1].clamp(min=1e-300))
+@torch.no_grad()
+def mask_smallest(config: PruneConfig, layers: Sequence[DenseLayer], axis: Axis) -> None:
+    """Mask the smallest weights of layers whose units are spread over ``axis``.
+
+    No process waits for a value of its device.
+    """
+    sizes = [layer.num_units * layer.num_inputs for layer in layers]
+    counts = [size - math.ceil(config.sparsity * size) for size in sizes]
+    shards = [layer.weight.detach() for layer in layers]
+    if config.scope == "global":
+        masks = magnitude_mask(shards, sum(counts), axis)
+    else:
+        masks = [
+            magnitude_mask([shard], count, axis)[0]
+            for shard, count in zip(shards, counts, strict=True)
+        ]
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.set_mask(mask)
+
+
+def _magnitude(layer: DenseLayer, mesh: Mesh) -> float:
+    """Σ|w| of the whole layer."""
+    rows = torch.linalg.vector_norm(layer.weight.detach(), 1, dim=1)  # makes no copy of the weights
+    return float(mesh.tp.sum(rows.double().sum()))

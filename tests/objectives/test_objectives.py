@@ -1,5 +1,7 @@
 """The objectives against their formulas: values, gradients, and what degenerates."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from dense2conv.objectives import (
     logdet_i_plus,
     soft_threshold,
 )
+from dense2conv.objectives.factorisation import factorise, in_enough_digits
 from dense2conv.shapes import InputError
 from tests import oracles
 
@@ -67,6 +70,19 @@ def test_fp32_is_finite_and_right_on_degenerate_features(shape, epsilon_squared,
     torch.testing.assert_close(value.double(), oracle, rtol=1e-4, atol=1e-5)
     scale = slow.grad.abs().max().clamp(min=1e-12)
     assert float((ours.grad - slow.grad).abs().max() / scale) < 1e-3
+
+
+def test_what_was_made_with_too_few_digits_is_let_go_of_before_more_are_taken():
+    made = []
+
+    def value(z):
+        assert all(gram() is None for gram in made)
+        gram = z @ z.T
+        made.append(weakref.ref(gram))
+        return factorise(gram, torch.tensor(1e6, dtype=torch.float64), "a layer")[0]
+
+    assert in_enough_digits(value, torch.ones(50, 9)).dtype == torch.float64
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -106,6 +106,10 @@ def test_fp32_weights_after_30_steps(mesh):
     _compare(mesh, 30, "float32", {}, 1e-4)
 
 
+def test_a_process_without_units():
+    _compare((1, 1, 4, 1), 20, "float64", {"model.widths": [36, 5]}, 1e-9)
+
+
 # |z| at the top repels units from its kink and magnifies rounding at once; tanh does not.
 NETWORK = {"objective.scope": "network", "model.nonlinearity": "tanh"}
 

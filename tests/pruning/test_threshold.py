@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense2conv.parallel import ParallelConfig, open_mesh
-from dense2conv.pruning import PruneConfig, magnitude_mask
+from dense2conv.pruning import PruneConfig, magnitude_mask, threshold
 from dense2conv.shapes import Axis, InputError
 from tests import oracles
 from tests.ranks import on_ranks
@@ -27,6 +27,16 @@ def test_equals_a_stable_sort_with_ties_zeros_and_subnormals(values, more, share
     masks = magnitude_mask(tensors, num_kept, Axis())
     for mask, oracle in zip(masks, oracles.largest_magnitudes(tensors, num_kept), strict=True):
         assert torch.equal(mask, oracle)
+
+
+@pytest.mark.parametrize("piece", [1, 6, 14, 126])
+def test_weights_are_looked_at_a_piece_after_the_other(piece, monkeypatch):
+    monkeypatch.setattr(threshold, "_PIECE", piece)
+    tensors = _weights(torch.float32)
+    for num_kept in (1, 40, 100, 155):
+        masks = magnitude_mask(tensors, num_kept, Axis())
+        for mask, oracle in zip(masks, oracles.largest_magnitudes(tensors, num_kept), strict=True):
+            assert torch.equal(mask, oracle)
 
 
 def _weights(dtype):

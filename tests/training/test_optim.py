@@ -59,6 +59,13 @@ def test_a_dead_row_without_gradient_stays_finite():
     assert layer.weight.isfinite().all()
 
 
+def test_a_process_without_units_steps_with_the_others():
+    weight = nn.Parameter(torch.empty(0, 5))
+    weight.grad = torch.empty(0, 5)
+    ProxAdam([{"params": [weight], "l1": 0.01}]).step()
+    assert weight.shape == (0, 5)
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
 def test_a_torch_optimizer_is_followed_by_the_prox(name):
     layer, plain = _linear(), _linear()
