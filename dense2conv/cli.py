@@ -164,8 +164,10 @@ def run_phases(command: str, config: Config, mesh: Mesh) -> None:
     if command != "train":
         folder.require("run", folder.config, "train")
     source = open_source(config.data, config.seed, progress=mesh.is_main)
-    if command == "train":  # only now, so that unusable images leave no folder behind
-        _open_run_folder(config, mesh, folder)
+    if (
+        command != "report"
+    ):  # which only reads; and only now: unusable images leave no folder behind
+        _open_run_folder(command, config, mesh, folder)
     wandb: WandbLog | None = None
     sinks: list[Sink] = []
     if mesh.is_main:
@@ -188,6 +190,7 @@ def run_phases(command: str, config: Config, mesh: Mesh) -> None:
     finally:
         for sink in sinks:
             sink.close()
+        folder.release()
 
 
 def _run_phase(
@@ -246,13 +249,16 @@ def _conclude(folder: RunFolder, wandb: WandbLog, step: int, judged: bool) -> No
     print(report if judged and report.exists() else folder.path)
 
 
-def _open_run_folder(config: Config, mesh: Mesh, folder: RunFolder) -> None:
-    """Rank 0 makes the folder; if it may not, every process ends with the same sentence."""
+def _open_run_folder(command: str, config: Config, mesh: Mesh, folder: RunFolder) -> None:
+    """Rank 0 makes or takes the folder; if it may not, every process ends with the same sentence."""
     problem = None
     if mesh.is_main:
         try:
-            folder.create(config.run, config.resume)
-            write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+            if command == "train":
+                folder.create(config.run, config.resume)
+                write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+            else:
+                folder.hold()
         except InputError as error:
             problem = str(error)
     problem = mesh.broadcast_object(problem)

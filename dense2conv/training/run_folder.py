@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dense2conv.files import write_atomically
 from dense2conv.shapes import InputError
@@ -46,6 +50,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: TextIO | None = None
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
@@ -67,15 +72,49 @@ class RunFolder:
                 "keep the older one aside with run.existing=keep_aside"
             )
 
+    def hold(self) -> None:
+        """Keep every other process out of the folder, until ``release`` or the end of this one.
+
+        Raises:
+            InputError: another process has it.
+        """
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115, it is kept open
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise InputError(
+                f"{self.path} is in use by {holder}; wait for it or end it, or choose another run.name"
+            ) from error
+        except OSError as error:  # some network file systems know no locks
+            logging.getLogger(__name__).warning("%s cannot be locked: %s", self.path, error)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self.release()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def create(self, config: RunConfig, resume: bool) -> None:
-        """Make the folder, moving an older one aside where that was asked for."""
+        """Make the folder and hold it, moving an older one aside where that was asked for."""
         self.check(config, resume)
+        if self.path.exists():
+            self.hold()
         if self.path.exists() and not resume:
             number = 1
             while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
                 number += 1
             self.path.rename(aside)
         self.fields.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            self.hold()
 
     def require(self, what: str, path: Path, command: str) -> None:
         """Raise InputError if an earlier phase's result is missing."""

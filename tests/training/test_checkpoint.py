@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -121,6 +122,24 @@ def test_one_command_starts_a_run_and_takes_it_up_again():
     assert train("parts", *words) == 0  # and once more, when nothing is left to do
     assert step("runs/parts", 30).stat().st_mtime_ns == before
     assert [path.name for path in sorted(Path("runs").iterdir())] == ["parts", "whole"]
+
+
+@pytest.mark.parametrize("words", ["resume=true", "run.existing=resume", "run.existing=keep_aside"])
+def test_a_run_that_is_going_on_is_left_alone(words, capsys):
+    assert train("a", "train.steps=10") == 0
+    before = {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()}
+    hold = "import time; from pathlib import Path; from dense2conv.training.run_folder import RunFolder"
+    hold += "; folder = RunFolder(Path('runs/a')); folder.hold(); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert train("a", "train.steps=20", words) == 2
+        assert f"runs/a is in use by process {other.pid} on " in capsys.readouterr().err
+        assert main(["prune", "run.name=a", "wandb.mode=disabled"]) == 2
+        after = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+        del after[Path("runs/a/.lock")]
+        assert {k: v for k, v in before.items() if k.name != ".lock"} == after
+        other.kill()
+    assert train("a", "train.steps=20", words) == 0  # a killed process holds nothing
 
 
 @pytest.mark.parametrize(
