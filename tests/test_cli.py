@@ -136,6 +136,15 @@ def test_a_run_from_start_to_report_and_each_phase_by_itself(capsys):
     assert OmegaConf.load(folder / "config.yaml") == before
 
 
+def test_a_trace_shows_three_steps():
+    assert run("train", *SMALL, "train.steps=9", "run.name=traced", "profile=true") == 0
+    trace = json.loads(Path("runs/traced/trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    steps = {name for name in names if name.startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"}
+    assert any(name == "aten::addmm" or name == "aten::mm" for name in names)
+
+
 def test_an_older_run_is_kept_aside():
     for _ in range(3):
         assert run("train", *SMALL, "train.steps=1", "run.name=b", "run.existing=keep_aside") == 0

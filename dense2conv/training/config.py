@@ -62,6 +62,10 @@ class Config:
         default_factory=list,
         metadata={"help": "phases that follow training, e.g. then=[prune,extract,report]"},
     )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "rank 0 traces steps 6 to 8 of this start into trace.json (Perfetto)"},
+    )
     engine: str = field(default="native", metadata={"help": "native | fairscale | deepspeed"})
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

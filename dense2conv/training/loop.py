@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from dense2conv.training.metrics import (
     radii,
 )
 from dense2conv.training.optim import learning_rate, make_optimizer
+from dense2conv.training.profiling import profiler
 from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.signals import Stopped, StopRequest
 
@@ -87,7 +89,8 @@ def train(
     if resumed is None:
         with engine.whole():
             metrics.record(0, save_fields(config, mesh, folder, stack, "step00000000"))
-    with StopRequest(mesh) as stop:
+    tracing = profiler(folder) if config.profile and mesh.is_main else None
+    with StopRequest(mesh) as stop, tracing or nullcontext():
         for step in range(start, steps):
             began = time.monotonic()
             x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
@@ -106,6 +109,8 @@ def train(
                     values |= save_fields(config, mesh, folder, stack, f"step{done:08d}")
             values |= shares_of_the_step(mesh, engine, read - began, time.monotonic() - began)
             metrics.record(done, values)
+            if tracing is not None:
+                tracing.step()
             stopping = stop.requested() and done < steps
             at_checkpoint = done % config.checkpoint.every == 0 or done == steps or stopping
             if at_checkpoint or done % config.log.every == 0:

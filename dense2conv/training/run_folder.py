@@ -56,6 +56,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.fields = path / "fields"
+        self.trace = path / "trace.json"
         self.extracted = path / "extracted"
 
     def check(self, config: RunConfig, resume: bool) -> None:
