@@ -1,4 +1,4 @@
-"""The command line: ``dense2conv train|prune|extract|report|bench`` with Hydra overrides."""
+"""The command line: ``dense2conv train|prune|extract|report|plan|doctor|bench`` with Hydra overrides."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from dense2conv import __version__
 from dense2conv.bench.data import DataBench, bench_data
+from dense2conv.bench.doctor import Doctor, doctor
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.bench.step import StepBench, bench_step
 from dense2conv.data import ImageSource, open_source
@@ -56,6 +57,7 @@ COMMANDS = {
     "extract": "turn a run's pruned network into a convolution, verify and tune it",
     "report": "write a run's report.html, or hold two beside each other: report runs/a runs/b",
     "plan": "memory, traffic and time of a run on a cluster: plan cluster=h200x8 nodes=16",
+    "doctor": "versions, devices, the speed of each axis and of the disk: doctor parallel.tp=2",
     "bench": "measure speed and memory beside the best alternative: bench NAME",
 }
 BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
@@ -101,6 +103,8 @@ def _main(words: list[str]) -> int:
         raise InputError(f"command {command!r} is unknown{_closest(command, COMMANDS)}")
     if command == "bench":
         return _bench(overrides)
+    if command == "doctor":
+        return _measure(["doctor"], overrides, Doctor, doctor)
     if command == "plan":
         return _plan(overrides)
     if any(word in ("-h", "--help") for word in overrides):
@@ -125,14 +129,20 @@ def _bench(words: list[str]) -> int:
         return 0
     if name not in BENCHES:
         raise InputError(f"benchmark {name!r} is unknown{_closest(str(name), BENCHES)}")
-    schema, measure = BENCHES[str(name)]
+    return _measure(["bench", str(name)], words[1:], *BENCHES[str(name)])
+
+
+def _measure(
+    command: list[str], words: list[str], schema: type, measure: Callable[[Any, Mesh], None]
+) -> int:
+    """A command that is no run's: its own configuration, and a mesh."""
     if any(word in ("-h", "--help") for word in words):
         print("\n".join(_key_lines(schema())))
         return 0
-    config: Any = OmegaConf.to_object(_compose(words[1:], schema))
+    config: Any = OmegaConf.to_object(_compose(words, schema))
     config.validate()
     if not inside_job() and config.parallel.world_size > 1:
-        return run_local_ranks(config.parallel.world_size, ["bench", *words])
+        return run_local_ranks(config.parallel.world_size, [*command, *words])
     with open_mesh(config.parallel) as mesh:
         measure(config, mesh)
     return 0

@@ -126,6 +126,12 @@ class Mesh:
         assert work is not None
         return work
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every process's ``value``, by rank."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's ``value`` on every process."""
         box = [value]
