@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -80,6 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         if first_rank:
             print(f"dense2conv: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"dense2conv: {error.strerror}{where}; make room and carry on with resume=true",
+            file=sys.stderr,
+        )
         return 2
     except Stopped as stopped:
         if first_rank:

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -270,14 +271,16 @@ class MetricsLog:
     ) -> None:
         self._mesh, self._sinks, self._batch, self._flops = mesh, sinks, batch, flops
         self._rows: list[tuple[int, dict[str, Tensor | Value]]] = []
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""
+        self._warned = False
         self._progress: Progress | None = None
         self._dead_alarm: float = dead_alarm
         self._start = self._written = time.monotonic()
         self._step = first_step
         if mesh.is_main:
             _keep_steps_until(folder, first_step)
-            self._file = folder.metrics.open("a")
+            self._file = FileIO(folder.metrics, "a")
             self._progress = Progress(first_step, num_steps)
 
     def record(self, step: int, values: Mapping[str, Tensor | Value]) -> None:
@@ -307,8 +310,7 @@ class MetricsLog:
             joined[-1][1].update(self._speed(joined[-1][0]))
         for step, values in joined:
             self._write(step, values)
-        assert self._file is not None
-        self._file.flush()
+        self._save()
 
     def close(self) -> None:
         """Write what is left and close the file."""
@@ -317,6 +319,20 @@ class MetricsLog:
             self._file.close()
         if self._progress is not None:
             self._progress.close()
+
+    def _save(self) -> None:
+        """What a full disk does not take is kept, and tried again at the next flush."""
+        assert self._file is not None
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._warned and self._progress is not None:
+                self._progress.say(
+                    f"warning: {self._file.name} cannot be written: {error.strerror}; make room, its "
+                    "rows are kept until then"
+                )
+            self._warned = True
 
     def _speed(self, step: int) -> dict[str, Value]:
         now = time.monotonic()
@@ -330,12 +346,11 @@ class MetricsLog:
         }
 
     def _write(self, step: int, values: dict[str, Value]) -> None:
-        assert self._file is not None
         assert self._progress is not None
         values = {"time": round(time.monotonic() - self._start, 3), **values}
         scalars = {k: v for k, v in values.items() if isinstance(v, float)}
         if scalars.keys() != {"time"}:
-            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._unwritten += json.dumps({"step": step, **scalars}).encode() + b"\n"
             self._progress.show(scalars)
         for sink in self._sinks:
             sink(step, values)

@@ -1,5 +1,6 @@
 """What a run tells W&B, TensorBoard and metrics.jsonl, read back from the files it left."""
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from wandb.proto import wandb_internal_pb2
 from dense2conv.cli import main
 from dense2conv.data import open_source
 from dense2conv.parallel import ParallelConfig, open_mesh
+from dense2conv.training import metrics
 from dense2conv.training.config import Config
 from dense2conv.training.loop import train
 from dense2conv.training.metrics import (
@@ -463,3 +465,28 @@ def test_fields_are_drawn_by_whoever_listens(tmp_path):
     listener(0, {"fields": Fields(np.ones((3, 4), np.float32))})
     listener.close()
     assert seen[0].shape == (3, 4)
+
+
+def test_rows_that_a_full_disk_did_not_take_are_written_when_there_is_room(tmp_path, monkeypatch):
+    room = None  # bytes
+
+    class Disk(metrics.FileIO):
+        def write(self, data):
+            nonlocal room
+            if room == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = super().write(data[:room])
+            room = None if room is None else room - written
+            return written
+
+    monkeypatch.setattr(metrics, "FileIO", Disk)
+    folder = RunFolder(tmp_path)
+    with open_mesh(ParallelConfig(device="cpu")) as mesh:
+        log = metrics.MetricsLog(mesh, folder, 0, 4, [], 1, 0.0, 1.0)
+        for step in range(1, 5):
+            room = {2: 10, 3: 0}.get(step)
+            log.record(step, {"rate": float(step)})
+            log.flush()
+        log.close()
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [(row["step"], row["rate"]) for row in rows] == [(n, float(n)) for n in range(1, 5)]
