@@ -447,11 +447,10 @@ def test_no_file_is_unpickled(mesh):
 def test_no_file_of_a_run_is_a_pickle():
     words = ["then=[prune,extract,report]", "tune.steps=2", "extract.samples=99"]
     assert train("run", "train.steps=10", *words) == 0
-    for path in Path("runs/run").rglob("*"):
-        if path.is_file():
-            assert path.suffix in {".safetensors", ".json", ".jsonl", ".yaml", ".npz", ".html"}, (
-                path
-            )
+    known = {".safetensors", ".json", ".jsonl", ".yaml", ".npz", ".html"}
+    unknown = {p for p in Path("runs/run").rglob("*") if p.is_file() and p.suffix not in known}
+    assert unknown == {Path("runs/run/.lock")}
+    assert Path("runs/run/.lock").read_text().startswith("process ")
 
 
 # A full disk.
