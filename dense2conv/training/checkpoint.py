@@ -80,6 +80,9 @@ class Checkpoints:
         mesh: the mesh that the network is spread over.
         model: what identifies the network, compared at loading.
         timeout_s: seconds that a process waits for the others' files.
+
+    ``extra`` is what else a resumed run has to know, fit for JSON: every save takes it along, and
+    ``resume`` puts there what it finds.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Checkpoints:
         timeout_s: float,
     ) -> None:
         self.config, self.folder, self.mesh, self.model = config, folder, mesh, model
+        self.extra: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if mesh.is_main:
             _sweep(folder)
@@ -108,7 +112,6 @@ class Checkpoints:
         optimizer: Optimizer,
         metrics: Mapping[str, Any] | None = None,
         pruned: bool = False,
-        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Copy the held state to host memory and start to write it; waits for the save before.
 
@@ -117,7 +120,6 @@ class Checkpoints:
             stack, optimizer: what is saved; masks and running figures come along.
             metrics: of this step's batch; the one that ``config.best`` names decides what is best.
             pruned: whether these weights have just been pruned.
-            extra: what else a resumed run has to know, fit for JSON; ``extra_of`` reads it.
 
         Raises:
             InputError: a state of the optimizer has no row for each unit.
@@ -131,7 +133,7 @@ class Checkpoints:
             "step": step,
             "model": self.model,
             "optimizer": type(optimizer).__name__,
-            "extra": dict(extra or {}),
+            "extra": self.extra,
         }
         if self.mesh.is_main and metrics is not None:
             state["metrics"] = {key: float(metrics[key]) for key in _METRICS if key in metrics}
@@ -177,6 +179,7 @@ class Checkpoints:
                 if self.mesh.is_main:
                     shutil.rmtree(aside, ignore_errors=True)
                     other.rename(aside)
+            self.extra = state.get("extra", {})
             return _fill(path, state, self.mesh, stack, optimizer, self.model)
         if damaged:
             raise InputError(

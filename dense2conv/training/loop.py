@@ -18,7 +18,7 @@ from dense2conv.parallel import Mesh
 from dense2conv.parallel.engines import Engine, make_engine
 from dense2conv.shapes import InputError
 from dense2conv.structure.locality import receptive_fields
-from dense2conv.training.checkpoint import Checkpoints, extra_of, latest
+from dense2conv.training.checkpoint import Checkpoints
 from dense2conv.training.config import Config
 from dense2conv.training.metrics import (
     Fields,
@@ -62,11 +62,8 @@ def train(
     resumed = checkpoints.resume(stack, optimizer) if config.resume else None
     start = resumed or 0
     images = mesh.broadcast_object(source.fingerprint() if mesh.is_main else None)
-    extra: dict[str, Any] = {"images": images}
-    if resumed is not None:
-        newest = latest(folder.checkpoints)
-        saved = mesh.broadcast_object(extra_of(newest) if newest and mesh.is_main else {})
-        refuse_changed_images(saved.get("images"), images, config.data.accept)
+    refuse_changed_images(checkpoints.extra.get("images"), images, config.data.accept)
+    checkpoints.extra["images"] = images
     engine = make_engine(
         config.engine,
         config.deepspeed,
@@ -118,7 +115,7 @@ def train(
             if at_checkpoint:
                 engine.drain()
                 with engine.whole(with_optimizer=True):
-                    checkpoints.save(done, stack, optimizer, values, extra=extra)
+                    checkpoints.save(done, stack, optimizer, values)
             if stopping:
                 metrics.close()
                 checkpoints.wait()

@@ -73,7 +73,8 @@ def prune(config: Config, mesh: Mesh, folder: RunFolder) -> None:
     save_fields(config, flat, folder, stack, "pruned")
     network, timeout_s = identity(config), config.parallel.timeout_s
     checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, flat, network, timeout_s)
-    checkpoints.save(step, stack, optimizer, pruned=True, extra=checkpoint.extra_of(newest))
+    checkpoints.extra = checkpoint.extra_of(newest)
+    checkpoints.save(step, stack, optimizer, pruned=True)
     checkpoints.wait()
     kept = [int(flat.tp.sum(layer.mask.count_nonzero())) for layer in layers]  # type: ignore[union-attr]
     if mesh.is_main:
