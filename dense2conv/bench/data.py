@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dense2conv.bench.data_rivals import RIVALS, Decode, Loader, Task
-from dense2conv.bench.timing import Ratio, Work, interleaved, machine, plain
+from dense2conv.bench.timing import Ratio, Work, aligned, interleaved, machine, plain
 from dense2conv.data import DataConfig, open_source
 from dense2conv.data.decode import decode, prepared
 from dense2conv.data.photographs import load_photographs
@@ -219,12 +219,9 @@ def _table(
         shown = [str(row["side"]), str(row["resize"]), row["candidate"]]
         figures = [f"{row['images_per_second']:.0f}", str(row["ratio"]), f"{row['decibels']:.1f}"]
         lines.append([*shown, *figures])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    text = aligned(lines)
     text += ["", "dB: median PSNR to the picture that is decoded whole, then resized by torch"]
-    text += [*(f"without {name}: {reason}" for name, reason in left_out.items())]
+    text += [f"without {name}: {reason}" for name, reason in left_out.items()]
     ours = {row["side"]: row["images_per_second"] for row in rows if row["candidate"] == "ours"}
     text.append(f"dense2conv plan counts on {PlanConfig().images_per_core:.0f} images/s and core")
     if needed is not None:

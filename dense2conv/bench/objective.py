@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from dense2conv.bench import rivals
-from dense2conv.bench.timing import Ratio, Work, interleaved, machine, peak_bytes, plain
+from dense2conv.bench.timing import Ratio, Work, aligned, interleaved, machine, peak_bytes, plain
 from dense2conv.files import write_atomically
 from dense2conv.objectives import coding_rate, on_sphere, rate_reduction
 from dense2conv.parallel import Mesh, ParallelConfig
@@ -255,22 +255,18 @@ def _table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
                 f"{row['memory_ratio']:.3g}" if "memory_ratio" in row else "",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    text = aligned(lines)
     effort = [
         f"{row['objective']} {row['samples']}×{row['features']}×{row['classes'] or 1}: "
         f"{row['gflop']:.2f} GFLOP at {row['of_matmul_rate']:.0%}"
         for row in rows
         if "gflop" in row
     ]
-    return "\n".join(
-        [
-            *(line.rstrip() for line in text),
+    if effort:
+        text += [
             "",
             f"forward and backward, {about['threads']} thread(s), {about['device']}, "
             f"{about['processor']}, torch {about['torch']}",
             f"of the {about['matmul_gflops']} GFLOP/s of a large product: " + "; ".join(effort),
         ]
-        if effort
-        else [*(line.rstrip() for line in text)]
-    )
+    return "\n".join(text)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dense2conv.bench.timing import Ratio, Work, interleaved, machine, peak_bytes, plain
+from dense2conv.bench.timing import Ratio, Work, aligned, interleaved, machine, peak_bytes, plain
 from dense2conv.files import write_atomically
 from dense2conv.models import DenseStack, ModelConfig
 from dense2conv.models.dense_stack import DenseLayer, layer_name
@@ -196,8 +196,7 @@ class Group:
                 milliseconds, mebibytes = 1e3 * row["seconds"], row["peak_bytes"] / 2**20
                 figures = [f"{milliseconds:.4g}", str(row["ratio"]), f"{mebibytes:.1f}"]
             lines.append([f"  {row['candidate']}", *figures, row["note"]])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        text = aligned(lines)
         for mark in self.marks:
             met = "met" if mark["met"] else "MISSED"
             text.append(f"  {mark['mark']}: {mark['is']}; {mark['bound']}: {met}")
@@ -400,11 +399,12 @@ class LayerWiseStage:
 
     def __call__(self) -> None:
         for batch in range(BATCHES):
-            began, self.idle = time.perf_counter(), 0.0
+            began = time.perf_counter()
             self._batch()
+            waited = self.pipeline.take_seconds_waited()
             if batch > 0:  # the first fills the pipeline
                 self.clock.wall += time.perf_counter() - began
-                self.clock.idle += self.idle
+                self.clock.idle += waited
         self.pipeline.drain()
 
     def _batch(self) -> None:
@@ -413,8 +413,7 @@ class LayerWiseStage:
             z = self.layer(piece.requires_grad_(self.input_gradient))  # (m/M, d)
             outputs.append(z)
             if not self.pipeline.is_last:
-                activations = F.relu(z.detach())
-                self._wait(partial(self.pipeline.send, activations))
+                self.pipeline.send(F.relu(z.detach()))
         for z in outputs:
             z.square().mean().div(self.microbatches).backward()
         self.optimizer.step()
@@ -427,13 +426,7 @@ class LayerWiseStage:
             return
         shape = (m // self.microbatches, width)
         for _ in range(self.microbatches):
-            yield self._wait(partial(self.pipeline.receive, shape, self.x.dtype))
-
-    def _wait(self, message: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        result = message()
-        self.idle += time.perf_counter() - began
-        return result
+            yield self.pipeline.receive(shape, self.x.dtype)
 
 
 def _pipeline(config: StepBench, mesh: Mesh, width: int, m: int) -> Group:

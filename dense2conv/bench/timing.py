@@ -133,6 +133,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as text, each column as wide as its longest word."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
 def plain(value: Any) -> Any:
     """``value`` for JSON: ratios as their fields, infinities and NaN as null."""
     if isinstance(value, Ratio):

@@ -59,19 +59,13 @@ _LAYER: tuple[tuple[str, str, Format], ...] = (
 def figure_rows(first: RunFolder, second: RunFolder) -> list[Row]:
     """The first layer's headline figures of both runs, where either has one."""
     gains = whitening_nats(first.summary), whitening_nats(second.summary)
-    rows = [_row("whitening gain, nats a unit", *gains, _nats)]
-    rows += [
-        _row(words, number(first.summary, key), number(second.summary, key), form)
-        for words, key, form in _SUMMARY
-    ]
-    return [row for row in rows if (row.first, row.second) != ("–", "–")]
+    gain = _row("whitening gain, nats a unit", *gains, _nats)
+    return _known([gain, *_rows(_SUMMARY, first.summary, second.summary)])
 
 
 def layer_rows(first: RunFolder, second: RunFolder, layer: str) -> list[Row]:
     """One layer's figures of both runs, where either has one."""
-    a, b = first.summary_of(layer), second.summary_of(layer)
-    rows = [_row(words, number(a, key), number(b, key), form) for words, key, form in _LAYER]
-    return [row for row in rows if (row.first, row.second) != ("–", "–")]
+    return _known(_rows(_LAYER, first.summary_of(layer), second.summary_of(layer)))
 
 
 def config_rows(first: RunFolder, second: RunFolder) -> list[tuple[str, str, str]]:
@@ -83,6 +77,16 @@ def config_rows(first: RunFolder, second: RunFolder) -> list[tuple[str, str, str
         for key in sorted(a.keys() | b.keys())
         if key != "run.name" and a.get(key, missing) != b.get(key, missing)
     ]
+
+
+def _rows(
+    figures: tuple[tuple[str, str, Format], ...], a: Mapping[str, Any], b: Mapping[str, Any]
+) -> list[Row]:
+    return [_row(words, number(a, key), number(b, key), form) for words, key, form in figures]
+
+
+def _known(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if (row.first, row.second) != ("–", "–")]
 
 
 def _row(name: str, a: float, b: float, form: Format) -> Row:
