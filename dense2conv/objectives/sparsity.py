@@ -12,6 +12,7 @@ An optimizer drives any of them alike, by name (``make_penalty``)::
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,9 @@ import torch
 from torch import Tensor
 
 from dense2conv.objectives.precision import at_least_fp32
-from dense2conv.shapes import Axis, InputError
+from dense2conv.shapes import WHOLE, Axis, InputError
 
 _CHUNK = 1 << 20  # weights that a temporary may copy: few megabytes, which caches hold
-_SINGLE = Axis()
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def hard_threshold(weight: Tensor, threshold: float) -> None:
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(ABC):
     """A price on weights that sets some of them to zero.
 
     strength: λ, what ``value`` is a multiple of.
@@ -62,17 +62,18 @@ class Penalty:
     def __post_init__(self) -> None:
         _require_finite(strength=self.strength)
 
-    def value(self, weight: Tensor, axis: Axis = _SINGLE) -> Tensor:
+    @abstractmethod
+    def value(self, weight: Tensor, axis: Axis = WHOLE) -> Tensor:
         """The price of the whole W, a scalar in fp64, the same on every process of ``axis``.
 
         weight: (d/tp, D), own rows. No gradient flows through it: it is for the log.
         """
-        raise NotImplementedError
 
-    def add_subgradient_(self, gradient: Tensor, weight: Tensor) -> None:
+    def add_subgradient_(self, gradient: Tensor, weight: Tensor) -> None:  # noqa: B027
         """In place, what of the price the gradient step itself takes: none, ``prox_`` takes it all."""
 
-    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = _SINGLE) -> None:
+    @abstractmethod
+    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = WHOLE) -> None:
         """In place, the proximal map of ``step_size`` times the price.
 
         Args:
@@ -83,17 +84,16 @@ class Penalty:
         Raises:
             InputError: a step size a row, where the map has no closed form with it.
         """
-        raise NotImplementedError
 
 
 class L1(Penalty):
     """λ Σ|w|; its map is the soft threshold. A step size a row is exact."""
 
     @torch.no_grad()
-    def value(self, weight: Tensor, axis: Axis = _SINGLE) -> Tensor:
+    def value(self, weight: Tensor, axis: Axis = WHOLE) -> Tensor:
         return self.strength * axis.sum(_row_norms(weight, 1).sum())
 
-    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = _SINGLE) -> None:
+    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = WHOLE) -> None:
         soft_threshold(weight, step_size * self.strength)
 
 
@@ -104,11 +104,11 @@ class GroupRows(Penalty):
     """
 
     @torch.no_grad()
-    def value(self, weight: Tensor, axis: Axis = _SINGLE) -> Tensor:
+    def value(self, weight: Tensor, axis: Axis = WHOLE) -> Tensor:
         return self.strength * axis.sum(_row_norms(weight, 2).sum())
 
     @torch.no_grad()
-    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = _SINGLE) -> None:
+    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = WHOLE) -> None:
         norms = _row_norms(weight, 2)[:, None]  # (d/tp, 1)
         _scale_(weight, _shrinkage(norms, step_size * self.strength))
 
@@ -139,11 +139,11 @@ class GroupColumns(Penalty):
             )
 
     @torch.no_grad()
-    def value(self, weight: Tensor, axis: Axis = _SINGLE) -> Tensor:
+    def value(self, weight: Tensor, axis: Axis = WHOLE) -> Tensor:
         return self.strength * self._norms(weight, axis).sum()
 
     @torch.no_grad()
-    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = _SINGLE) -> None:
+    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = WHOLE) -> None:
         if isinstance(step_size, Tensor) and step_size.ndim > 0:
             raise InputError(
                 f"a step size of shape {tuple(step_size.shape)} for groups of columns, which cross "
@@ -192,7 +192,7 @@ class BetaLasso(Penalty):
         _require_finite(beta=self.beta)
 
     @torch.no_grad()
-    def value(self, weight: Tensor, axis: Axis = _SINGLE) -> Tensor:
+    def value(self, weight: Tensor, axis: Axis = WHOLE) -> Tensor:
         return L1(self.strength).value(weight, axis)
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ class BetaLasso(Penalty):
         for rows in _row_chunks(weight):
             gradient[rows].add_(weight[rows].sign(), alpha=self.strength)
 
-    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = _SINGLE) -> None:
+    def prox_(self, weight: Tensor, step_size: Tensor | float, axis: Axis = WHOLE) -> None:
         hard_threshold(weight, self.beta * self.strength)
 
 
