@@ -95,8 +95,8 @@ def _card(
     return Card(
         name=f"kernel {index}",
         units=count(number(lattice, "num_units")),
-        stride=_pair(lattice.get("stride")),
-        offset=_pair(lattice.get("offset")),
+        stride=_pair(lattice.get("stride"), " × "),
+        offset=_pair(lattice.get("offset"), ", "),
         coverage=percent(number(lattice, "coverage")),
         cells=_cells(weight[0]) if weight is not None and numbered else [],
         picture=None if weight is None or numbered else _picture(weight, in_colour),
@@ -104,11 +104,11 @@ def _card(
     )
 
 
-def _pair(value: Any) -> str:
+def _pair(value: Any, between: str) -> str:
     """A stride or an offset, given as one number or as (y, x)."""
     if isinstance(value, list | tuple):
         same = len(value) == 2 and value[0] == value[1]
-        return str(value[0]) if same else " × ".join(str(v) for v in value)
+        return str(value[0]) if same else between.join(str(v) for v in value)
     return word(value)
 
 
