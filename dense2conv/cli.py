@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
-import json
 import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,6 @@ from dense2conv.bench.data import DataBench, bench_data
 from dense2conv.bench.doctor import Doctor, doctor
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.bench.step import StepBench, bench_step
-from dense2conv.data import ImageSource, open_source
-from dense2conv.files import write_atomically
 from dense2conv.parallel import Mesh, open_mesh
 from dense2conv.parallel.launch import (
     adopt_slurm,
@@ -37,18 +32,13 @@ from dense2conv.parallel.launch import (
     inside_job,
     run_local_ranks,
 )
-from dense2conv.planner import Estimate, PlanConfig, as_json, make_plan
+from dense2conv.phases import run_phases
+from dense2conv.planner import PlanConfig, as_json, make_plan
 from dense2conv.planner import table as plan_table
-from dense2conv.report import table, write_comparison, write_report
-from dense2conv.report.images import montage
-from dense2conv.report.pictures import run_pictures
+from dense2conv.report import write_comparison
 from dense2conv.shapes import InputError
-from dense2conv.training.checkpoint import latest
 from dense2conv.training.config import Config
-from dense2conv.training.extract import extract
-from dense2conv.training.loop import train
-from dense2conv.training.metrics import Sink, TensorboardLog, WandbLog, glossary
-from dense2conv.training.prune import prune
+from dense2conv.training.metrics import glossary
 from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.signals import EX_REQUEUE, Stopped
 
@@ -66,7 +56,6 @@ BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
     "objective": (ObjectiveBench, bench_objective),
     "step": (StepBench, bench_step),
 }
-_STARTED = time.monotonic()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,114 +165,6 @@ def _compare(folders: list[str]) -> int:
         )
     print(write_comparison(Path(folders[0]), Path(folders[1])))
     return 0
-
-
-def run_phases(command: str, config: Config, mesh: Mesh) -> None:
-    """One command and, after training, what ``then`` names; every process calls this."""
-    folder = RunFolder(config.run.folder)
-    if command != "train":
-        folder.require("run", folder.config, "train")
-    source = open_source(config.data, config.seed, progress=mesh.is_main)
-    if (
-        command != "report"
-    ):  # which only reads; and only now: unusable images leave no folder behind
-        _open_run_folder(command, config, mesh, folder)
-    wandb: WandbLog | None = None
-    sinks: list[Sink] = []
-    if mesh.is_main:
-        draw = partial(montage, shape=config.data.shape)
-        wandb = WandbLog(config.wandb, folder, config.run.name, _told(config), draw)
-        sinks = [wandb, *([TensorboardLog(folder, draw)] if config.tensorboard else [])]
-    phases = [command, *(config.then if command == "train" else [])]
-    try:
-        for phase in phases:
-            _run_phase(phase, config, mesh, folder, source, sinks)
-            if wandb is not None:
-                _refer(wandb, folder)
-        if wandb is not None:
-            judged = phases[-1] in ("extract", "report")
-            _conclude(folder, wandb, config.train.steps, judged)
-    except Stopped:
-        if wandb is not None:
-            _refer(wandb, folder)
-        raise
-    finally:
-        for sink in sinks:
-            sink.close()
-        folder.release()
-
-
-def _run_phase(
-    phase: str,
-    config: Config,
-    mesh: Mesh,
-    folder: RunFolder,
-    source: ImageSource,
-    sinks: list[Sink],
-) -> None:
-    figures: dict[str, Any] = {}
-    if phase == "train":
-        train(config, mesh, folder, source, sinks)
-        figures["wall_seconds_train"] = round(time.monotonic() - _STARTED, 2)
-    elif phase == "prune":
-        prune(config, mesh, folder)
-    elif phase == "extract":
-        figures = extract(config, mesh, folder, source)
-    if mesh.is_main:
-        parallel = config.parallel
-        mesh_sizes = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
-        figures |= {"name": config.run.name, "seed": config.seed, "mesh": mesh_sizes}
-        if phase == "report":
-            write_report(folder.path)
-        # The report itself is part of what it tells the time of, to within its own writing.
-        figures["wall_seconds"] = round(time.monotonic() - _STARTED, 2)
-        folder.update_summary(figures)
-
-
-def _told(config: Config) -> dict[str, Any]:
-    """What W&B is told of a run: its configuration, and what each process should send in a step."""
-    told = dataclasses.asdict(config)
-    if config.engine == "native":
-        stages = Estimate(PlanConfig(**vars(config)), config.parallel).stages
-        sent = {f"stage{i}": stage.sent_bytes for i, stage in enumerate(stages, start=1)}
-        told["planned"] = {"bytes_sent_by_a_process_in_a_step": sent}
-    return told
-
-
-def _refer(wandb: WandbLog, folder: RunFolder) -> None:
-    """Name the newest checkpoint and the extracted network to W&B, where they lie."""
-    checkpoint = latest(folder.checkpoints)
-    if checkpoint is not None:
-        wandb.artifact("checkpoint", checkpoint)
-    wandb.artifact("network", folder.extracted)
-
-
-def _conclude(folder: RunFolder, wandb: WandbLog, step: int, judged: bool) -> None:
-    """The table and where to look, and the same to W&B."""
-    summary = json.loads(folder.summary.read_text())
-    wandb.summary(summary)
-    wandb.images(step, run_pictures(folder.path))
-    if judged and "layers" in summary:
-        print(table(summary))
-    report = folder.path / "report.html"
-    print(report if judged and report.exists() else folder.path)
-
-
-def _open_run_folder(command: str, config: Config, mesh: Mesh, folder: RunFolder) -> None:
-    """Rank 0 makes or takes the folder; if it may not, every process ends with the same sentence."""
-    problem = None
-    if mesh.is_main:
-        try:
-            if command == "train":
-                folder.create(config.run, config.resume)
-                write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
-            else:
-                folder.hold()
-        except InputError as error:
-            problem = str(error)
-    problem = mesh.broadcast_object(problem)
-    if problem is not None:
-        raise InputError(problem)
 
 
 # ---- configuration

@@ -14,8 +14,9 @@ FLOORS = {
     "planner": 3,
     "report": 4,
     "bench": 4,
-    "cli": 5,
-    "__main__": 6,
+    "phases": 5,
+    "cli": 6,
+    "__main__": 7,
     "__init__": 0,
 }
 BELOW = {

@@ -15,22 +15,19 @@ from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding
 from dense2conv.parallel import Mesh
-from dense2conv.parallel.engines import Engine, make_engine
+from dense2conv.parallel.engines import make_engine
 from dense2conv.shapes import InputError
-from dense2conv.structure.locality import receptive_fields
 from dense2conv.training.checkpoint import Checkpoints
 from dense2conv.training.config import Config
-from dense2conv.training.metrics import (
+from dense2conv.training.measures import (
     Fields,
-    MetricsLog,
-    Sink,
     Value,
+    field_metrics,
     layer_flops,
     layer_metrics,
-    layer_prefix,
-    magnitudes,
-    radii,
+    shares_of_the_step,
 )
+from dense2conv.training.metrics import MetricsLog, Sink
 from dense2conv.training.optim import learning_rate, make_optimizer
 from dense2conv.training.profiling import profiler
 from dense2conv.training.run_folder import RunFolder
@@ -168,33 +165,6 @@ def next_batch(config: Config, mesh: Mesh, source: ImageSource, step: int, rows:
     pixels = mesh.tp.gather(pixels, len(rows))  # (m/dp, D)
     x = source.standardise(pixels).to(config.train.torch_dtype)
     return add_input_noise(x, config.data.input_noise_std, config.seed, step, rows)
-
-
-def field_metrics(mesh: Mesh, stack: DenseStack, source: ImageSource) -> dict[str, Value]:
-    """How large the held layers' weights are, and the radii in pixels of the first one's live units."""
-    values: dict[str, Value] = {}
-    for i in stack.indices:
-        weight = stack.layer(i).weight.detach()
-        values[f"{layer_prefix(i)}magnitudes"] = magnitudes(mesh, weight)
-        if i == 0:
-            fields = receptive_fields(weight, source.geometry)
-            radius = torch.where(fields.alive, fields.radius, torch.nan)
-            radius = mesh.tp.gather(radius, stack.layer(i).num_units)
-            values |= {"radius": float(radius.nanmedian()), "radii": radii(radius)}
-    return values
-
-
-def shares_of_the_step(
-    mesh: Mesh, engine: Engine, input_seconds: float, seconds: float
-) -> dict[str, Value]:
-    """What of a step went to its input, and what of it a pipeline stage did not wait for others."""
-    values: dict[str, Value] = {}
-    if engine.takes_images:
-        values["input_share"] = input_seconds / seconds
-    if mesh.pp.size > 1 and mesh.device.type == "cpu":
-        waited = engine.pipeline.take_seconds_waited()
-        values[f"stage{mesh.pp.rank + 1}/utilisation"] = 1 - waited / seconds
-    return values
 
 
 @torch.no_grad()

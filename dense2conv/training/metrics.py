@@ -11,11 +11,10 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,23 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dense2conv.models import DenseStack
-from dense2conv.models.dense_stack import layer_name
-from dense2conv.objectives import Terms
 from dense2conv.parallel import Mesh
 from dense2conv.shapes import InputError
-from dense2conv.structure.locality import row_chunks
+from dense2conv.training.measures import Fields, Histogram, Value
 from dense2conv.training.progress import Progress
 from dense2conv.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
-
-_MAGNITUDES = (
-    -6.0,
-    1.0,
-    70,
-)  # decades of |w|: from, to, bins; what lies outside is in the end bins
-_RADII_BINS = 50
 
 
 class Metric(NamedTuple):
@@ -97,20 +86,6 @@ def glossary() -> list[str]:
     return [f"{key:{keys}}  {m.unit:{units}}  {m.meaning}" for key, m in METRICS.items()]
 
 
-class Histogram(NamedTuple):
-    """``counts`` (n,) between ``edges`` (n + 1,)."""
-
-    counts: NDArray[np.float64]
-    edges: NDArray[np.float64]
-
-
-class Fields(NamedTuple):
-    """Some units' receptive fields: weights (n, D)."""
-
-    weight: NDArray[np.float32]
-
-
-Value = float | Histogram | Fields
 Draw = Callable[[NDArray[np.float32]], Image.Image]  # of receptive fields (n, D)
 
 
@@ -169,78 +144,6 @@ class WandbConfig:
             raise InputError(
                 f"wandb.mode={self.mode!r} is unknown; use online, offline or disabled"
             )
-
-
-def layer_metrics(
-    mesh: Mesh, stack: DenseStack, terms: Mapping[str, Terms], l1: float
-) -> dict[str, Tensor]:
-    """Device scalars of the held layers, exact over the tensor-parallel group.
-
-    Keys of layers after the first start with ``layer2/`` and so on; in the network scope the top
-    layer's rate, power and objective are the run's and stand under their plain names too.
-    """
-    values: dict[str, Tensor] = {}
-    for i in stack.indices:
-        weight, d = stack.layer(i).weight.detach(), stack.layer(i).num_units
-        # Norms along rows make no copy of the weights, as comparisons and sums to fp64 do.
-        nonzero = torch.linalg.vector_norm(weight, 0, dim=1).double()  # (d/tp,)
-        magnitude = torch.linalg.vector_norm(weight, 1, dim=1).double()
-        counts = torch.stack([nonzero.sum(), (nonzero == 0).sum(), magnitude.sum()])
-        counts = mesh.tp.sum(counts)
-        prefix = layer_prefix(i)
-        values[f"{prefix}sparsity"] = 1 - counts[0] / (d * weight.shape[1])
-        values[f"{prefix}dead"] = counts[1] / d
-        values[f"{prefix}l1"] = l1 * counts[2] / d
-        if layer_name(i) in terms:
-            rate, power = terms[layer_name(i)]
-            values[f"{prefix}rate"], values[f"{prefix}power"] = rate, power
-            values[f"{prefix}objective"] = rate - power - values[f"{prefix}l1"]
-    top = layer_name(stack.num_layers - 1)
-    if stack.num_layers > 1 and terms.keys() == {top}:
-        # One objective, that of the top layer; where there are more, the first stage's stands.
-        values |= {key: values[f"{top}/{key}"] for key in ("rate", "power", "objective")}
-    return values
-
-
-def layer_prefix(index: int) -> str:
-    """What the keys of a layer start with."""
-    return "" if index == 0 else f"{layer_name(index)}/"
-
-
-def magnitudes(mesh: Mesh, weight: Tensor) -> Histogram:
-    """How large the weights of a layer are that are not 0, in decades.
-
-    weight: (d/tp, D), own rows; every process of the tp group calls this.
-    """
-    low, high, num_bins = _MAGNITUDES
-    counts = torch.zeros(num_bins, dtype=torch.float64, device=weight.device)
-    for rows in row_chunks(*weight.shape):
-        decades = weight[rows].abs().log10().clamp(min=-1e30)  # zeros lie far below
-        inside = decades[decades > -1e30].clamp(low, high)
-        counts += torch.histc(inside.float(), num_bins, low, high).double()
-    edges = np.linspace(low, high, num_bins + 1)
-    return Histogram(mesh.tp.sum(counts).cpu().numpy(), edges)
-
-
-def radii(radius: Tensor) -> Histogram:
-    """Of the radii (d,) in pixels, NaN where a unit is dead."""
-    live = radius[~radius.isnan()].cpu().numpy()
-    return Histogram(*np.histogram(live, _RADII_BINS, (0.0, max(1.0, live.max(initial=0.0)))))
-
-
-def layer_flops(widths: Sequence[int], network_scope: bool) -> float:
-    """Operations an image takes in the products with all weights, forward and backward.
-
-    The gradient of a layer's input is made only where an objective further up asks for it.
-
-    Args:
-        widths: pixels of an image, then units of each layer.
-        network_scope: one objective at the top, instead of one a layer.
-    """
-    return sum(
-        2.0 * inputs * units * (3 if network_scope and i else 2)
-        for i, (inputs, units) in enumerate(pairwise(widths))
-    )
 
 
 class MetricsLog:

@@ -37,7 +37,7 @@ def _step_and_prune(rank, changes):
     from dense2conv.objectives import EfficientCoding
     from dense2conv.parallel.engines import NativeEngine
     from dense2conv.training.loop import build_stack, next_batch
-    from dense2conv.training.metrics import layer_metrics
+    from dense2conv.training.measures import layer_metrics
     from dense2conv.training.optim import make_optimizer
     from dense2conv.training.prune import mask_smallest
 

@@ -49,7 +49,7 @@ def _real_calls(sizes, rank, changes) -> Calls:
     from dense2conv.objectives import EfficientCoding, Terms
     from dense2conv.parallel.engines import NativeEngine
     from dense2conv.training.loop import build_stack, next_batch
-    from dense2conv.training.metrics import layer_metrics
+    from dense2conv.training.measures import layer_metrics
     from dense2conv.training.optim import make_optimizer
 
     config = _config(sizes, changes)

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
-from dense2conv.cli import load_config, main, run_phases
+from dense2conv.cli import load_config, main
 from dense2conv.parallel import open_mesh
+from dense2conv.phases import run_phases
 from dense2conv.structure import load
 from tests.ranks import on_ranks
 

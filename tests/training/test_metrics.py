@@ -25,18 +25,8 @@ from dense2conv.parallel import ParallelConfig, open_mesh
 from dense2conv.training import metrics
 from dense2conv.training.config import Config
 from dense2conv.training.loop import train
-from dense2conv.training.metrics import (
-    METRICS,
-    Fields,
-    Histogram,
-    TensorboardLog,
-    WandbConfig,
-    WandbLog,
-    layer_flops,
-    magnitudes,
-    metric,
-    radii,
-)
+from dense2conv.training.measures import Fields, Histogram, layer_flops, magnitudes, radii
+from dense2conv.training.metrics import METRICS, TensorboardLog, WandbConfig, WandbLog, metric
 from dense2conv.training.passwords import refuse_secrets
 from dense2conv.training.run_folder import RunFolder
 from tests.ranks import on_ranks
