@@ -100,13 +100,40 @@ class Axis:
 
     def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """X Wᵀ + b of X (m, D), whose columns ``shard`` this process holds; ``weight`` is (d, D)."""
-        return F.linear(shard, weight, bias)
+        return F.linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)
 
     def shard(self, total: int, rank: int | None = None) -> range:
         """The indices of ``total`` that a process (this one by default) holds."""
         rank = self.rank if rank is None else rank
         chunk = math.ceil(total / self.size)
         return range(min(rank * chunk, total), min((rank + 1) * chunk, total))
+
+
+class NestedAxis(Axis):
+    """An axis whose every shard is split further over another: the own part of the own shard.
+
+    Args:
+        outer: splits the whole.
+        inner: splits each shard of ``outer``.
+    """
+
+    def __init__(self, outer: Axis, inner: Axis) -> None:
+        self.outer, self.inner = outer, inner
+        self.size = outer.size * inner.size
+        self.rank = outer.rank * inner.size + inner.rank
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.outer.sum(self.inner.sum(tensor))
+
+    def gather(self, tensor: Tensor, total: int, dim: int = 0) -> Tensor:
+        shard = self.inner.gather(tensor, len(self.outer.shard(total)), dim)
+        return self.outer.gather(shard, total, dim)
+
+    def shard(self, total: int, rank: int | None = None) -> range:
+        outer, inner = divmod(self.rank if rank is None else rank, self.inner.size)
+        shard = self.outer.shard(total, outer)
+        part = self.inner.shard(len(shard), inner)
+        return shard[part.start : part.stop]
 
 
 WHOLE = Axis()

@@ -154,6 +154,9 @@ class DenseStack(nn.Module):
         layout: which units are held; the default holds all.
         layers: which layers are held (a pipeline stage); the default holds all.
         dtype: of the weights.
+        rows: what the rows of weights and biases are spread over; the default is what units are,
+            ``layout.features``. Where it splits those further, ``forward`` is not for this module
+            alone: an engine brings the rows of a share together.
     """
 
     def __init__(
@@ -163,9 +166,11 @@ class DenseStack(nn.Module):
         layout: Layout = SINGLE,
         layers: range | None = None,
         dtype: torch.dtype = torch.float32,
+        rows: Axis | None = None,
     ) -> None:
         super().__init__()
         self.config, self.layout = config, layout
+        self.rows = layout.features if rows is None else rows
         self.num_layers = len(config.widths)
         self.indices = range(self.num_layers) if layers is None else layers
         self.activation = nonlinearity(config.nonlinearity)
@@ -173,11 +178,12 @@ class DenseStack(nn.Module):
         self.layers = nn.ModuleDict()
         self.standardise = nn.ModuleDict()
         for i in self.indices:
-            units = layout.features.shard(config.widths[i])
-            name = layer_name(i)
-            self.layers[name] = DenseLayer(inputs[i], config.widths[i], units, config.bias, dtype)
+            width, name = config.widths[i], layer_name(i)
+            units = self.rows.shard(width)
+            self.layers[name] = DenseLayer(inputs[i], width, units, config.bias, dtype)
             if config.standardise and i < self.num_layers - 1:
-                self.standardise[name] = Standardise(config.widths[i], len(units), dtype)
+                num_shown = len(layout.features.shard(width))
+                self.standardise[name] = Standardise(width, num_shown, dtype)
 
     def init(self, seed: int) -> DenseStack:
         """Fill all weights from ``seed``, the same numbers on any mesh."""

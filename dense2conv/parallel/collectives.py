@@ -43,7 +43,7 @@ class GroupAxis(Axis):
         """As in ``Axis``; in 16 bits a sum over pieces would be rounded after each of them."""
         if self.sends_pieces(shard) and weight.dtype.itemsize > 2:
             return _PiecewiseLinear.apply(shard, weight, bias, self)
-        return super().linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)
+        return super().linear(shard, weight, bias)
 
     def lengths(self, total: int) -> list[int]:
         """How many of ``total`` each process holds."""

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dense2conv.parallel.collectives import GroupAxis
-from dense2conv.shapes import Axis, InputError, Layout
+from dense2conv.shapes import Axis, InputError, Layout, NestedAxis
+
+SHARDED = ("none", "optimizer", "weights")
 
 
 @dataclass
@@ -30,6 +32,12 @@ class ParallelConfig:
     dp: int = field(
         default=1, metadata={"help": "data parallel: samples of a batch over processes"}
     )
+    shard: str = field(
+        default="none",
+        metadata={
+            "help": "over dp: none | optimizer: weights and state at rest | weights: in backward, too"
+        },
+    )
     microbatches: int = field(
         default=1, metadata={"help": "pieces a batch is fed forward in; the value stays exact"}
     )
@@ -41,6 +49,11 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes along dp share a layer's rows out among them."""
+        return self.shard != "none" and self.dp > 1
 
     @property
     def name(self) -> str:
@@ -61,6 +74,8 @@ class ParallelConfig:
                 f"parallel.tp={self.tp} is more than the {min(widths)} units of the smallest layer; "
                 f"use parallel.tp={min(widths)} or fewer, or wider layers"
             )
+        if self.shard not in SHARDED:
+            raise InputError(f"parallel.shard={self.shard!r} is unknown; use {', '.join(SHARDED)}")
         if batch % (self.dp * self.microbatches):
             raise InputError(
                 f"train.batch={batch} does not divide by parallel.dp={self.dp} times "
@@ -91,6 +106,18 @@ class Mesh:
     def layout(self) -> Layout:
         """How this process's block of a layer's features lies in the whole batch's."""
         return Layout(samples=self.dp, features=self.tp)
+
+    def rows(self, config: ParallelConfig) -> Axis:
+        """What the rows of a stage's weights are spread over: tp, or tp and within it dp."""
+        return NestedAxis(self.tp, self.dp) if config.is_sharded else self.tp
+
+    @property
+    def rows_mesh(self) -> DeviceMesh:
+        """The own stage as torch knows it, with the axis that splits rows first: (tp, dp)."""
+        ranks = self.device_mesh.mesh[self.pp.rank].mT
+        groups = [self.device_mesh.get_group(name) for name in ("tp", "dp")]
+        names = ("tp", "dp")
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
     @property
     def is_main(self) -> bool:

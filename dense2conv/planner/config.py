@@ -56,10 +56,6 @@ class PlanConfig(Config):
             "help": "best: rank all meshes of the cluster | given: parallel.pp × dp × tp alone"
         },
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "float32 | float64 | bfloat16 (fp32 master weights); null: train.dtype"},
-    )
     gram_dtype: str = field(
         default="float64",
         metadata={
@@ -113,8 +109,6 @@ class PlanConfig(Config):
             )
         if self.runners_up < 0:
             raise InputError(f"runners_up={self.runners_up}; use 0 or more")
-        if self.dtype not in (None, "float32", "float64", "bfloat16"):
-            raise InputError(f"dtype={self.dtype!r} is unknown; use float32, float64 or bfloat16")
         if self.gram_dtype not in ("float32", "float64"):
             raise InputError(f"gram_dtype={self.gram_dtype!r} is unknown; use float32 or float64")
         for name in ("efficiency", "link_efficiency", "usable_memory"):

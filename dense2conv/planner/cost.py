@@ -22,7 +22,7 @@ def flops(share: Share) -> dict[str, float]:
     counts = dict.fromkeys(("layers", *_OBJECTIVE.values()), 0.0)
     for layer in share.layers:
         # The first layer's input is the image: its gradient is never made.
-        propagates = share.config.objective.scope == "network" and layer.index > 0
+        propagates = share.is_network and layer.index > 0
         counts["layers"] += 2 * share.num_rows * layer.num_weights * (3 if propagates else 2)
     for rate in (rate for layer in share.coded for rate in share.rates(layer)):
         times_small = 2.0 * rate.small_side * rate.num_rows * rate.num_held
@@ -45,7 +45,7 @@ def seconds(share: Share, collectives: list[Collective]) -> dict[str, float]:
     }
     count = flops(share)
     objective = sum(count[f"objective {name}"] / rate[name] for name in ("float32", "float64"))
-    updated = share.num_weights * (share.precision.master or share.precision.compute)
+    updated = share.num_weights * share.precision.master
     parts = {
         "layers": count["layers"] / rate[share.precision.name],
         "objective": objective,

@@ -17,17 +17,18 @@ _PROCESS = 100_000_000  # measured on a processor, at 64 to 134 M weights a proc
 class Memory:
     """Bytes of one process, the largest of its stage.
 
-    weights, master, optimizer: from step to step. batch: while one is made. gradients, activations,
-    gathered, gram, sending: in forward and backward. update: temporaries of the optimizer.
+    weights, optimizer: from step to step. batch: while one is made. copies: weights as products take
+    them, until backward is through. gradients, activations, gathered, gram, sending: in forward and
+    backward. update: temporaries of the optimizer.
     checkpoint: the copy in host memory that is
     written while training goes on. process: library code in use and freed blocks that the
     allocator keeps, beyond what importing takes.
     """
 
     weights: int
-    master: int
     optimizer: int
     batch: int
+    copies: int
     gradients: int
     activations: int
     gathered: int
@@ -40,12 +41,12 @@ class Memory:
     @property
     def state(self) -> int:
         """What lasts from step to step."""
-        return self.weights + self.master + self.optimizer + self.process
+        return self.weights + self.optimizer + self.process
 
     @property
     def step(self) -> int:
         """The most that a step holds: while a batch is made, at the last gradient, or in the update."""
-        backward = self.activations + self.gathered + self.gram + self.sending
+        backward = self.copies + self.activations + self.gathered + self.gram + self.sending
         return self.state + max(self.batch, self.gradients + max(backward, self.update))
 
     def peak(self, devices_use_host_memory: bool) -> int:
@@ -64,23 +65,19 @@ def memory(share: Share) -> Memory:
     Each layer's gradient stays until the step. Inputs and outputs of all held layers are counted as
     alive until the last gradient, as the first layer's are.
     """
-    number, rows = share.precision, share.num_rows
-    weights = share.num_weights
-    largest = max(layer.num_weights for layer in share.layers)
+    number, rows, weights = share.precision, share.num_rows, share.num_weights
     inputs = sum(rows * layer.num_inputs for layer in share.layers) * number.compute
     outputs = sum(rows * layer.num_held for layer in share.layers) * number.compute
-    # Pieces add up their gradients, the next one's in a tensor of its own.
-    summed = largest if share.mesh.microbatches > 1 else 0
     working = max((_working(share, layer) for layer in share.coded), default=0)
     rates = [rate for layer in share.coded for rate in share.rates(layer)]
     gathered = max((rate.num_gathered for rate in rates), default=0) * share.gram_bytes[-1]
     small_side = max((rate.small_side for rate in rates), default=0)
     return Memory(
-        weights=weights * number.compute,
-        master=weights * number.master,
-        optimizer=weights * share.states_per_weight * number.state,
+        weights=weights * number.master,
+        optimizer=weights * share.states_per_weight * number.master,
         batch=_batch(share),
-        gradients=(weights + summed) * number.compute,
+        copies=_copies(share),
+        gradients=weights * number.master + _gradient(share),
         activations=inputs + outputs + working,
         gathered=gathered,
         gram=_MATRICES * _FP64 * small_side**2,
@@ -90,15 +87,30 @@ def memory(share: Share) -> Memory:
     )
 
 
+def _copies(share: Share) -> int:
+    """Only one objective at the top needs them in backward; otherwise gradients take their place."""
+    if not share.has_copies or not share.is_network:
+        return 0
+    sizes = [layer.num_weights * share.precision.compute for layer in share.layers]
+    return max(sizes) if share.mesh.shard == "weights" else sum(sizes)
+
+
+def _gradient(share: Share) -> int:
+    """A layer's gradient before it is added to what lasts of it: of a copy, or of a piece."""
+    largest = max(layer.num_weights for layer in share.layers)
+    if share.has_copies:
+        return largest * share.precision.compute
+    return largest * share.precision.master if share.mesh.microbatches > 1 else 0
+
+
 def _working(share: Share, layer: LayerShare) -> int:
     """Outputs once more in one tensor, its gradient, and both in fp64 while the rate is made."""
-    return share.num_rows * layer.num_held * (2 * share.precision.compute + 2 * _FP64)
+    return share.num_rows * layer.num_held * (2 * share.precision.master + 2 * _FP64)
 
 
 def _copied(share: Share) -> int:
     """Weights and optimizer state of the rows that this one of the dp ranks writes."""
-    number = share.precision
-    per_weight = (number.master or number.compute) + share.states_per_weight * number.state
+    per_weight = (1 + share.states_per_weight) * share.precision.master
     rows = (math.ceil(layer.num_held / share.mesh.dp) * layer.num_inputs for layer in share.layers)
     return sum(rows) * per_weight
 
@@ -108,14 +120,14 @@ def _batch(share: Share) -> int:
     if not share.is_first:
         return 0
     numbers = share.num_rows * share.config.data.shape.numel
-    return numbers * (4 * share.precision.compute + share.pixel_bytes)
+    return numbers * (4 * share.precision.master + share.pixel_bytes)
 
 
 def _update(share: Share) -> int:
     """In torch's optimizers, the root of the second moment and the denominator, of a whole layer."""
     if share.config.optimizer.name == "prox_adam":
         return 0
-    return 2 * max(layer.num_weights for layer in share.layers) * share.precision.state
+    return 2 * max(layer.num_kept_weights for layer in share.layers) * share.precision.master
 
 
 def _sent(share: Share) -> int:

@@ -11,10 +11,9 @@ from dense2conv.parallel import ParallelConfig
 from dense2conv.planner.config import PlanConfig
 from dense2conv.planner.cost import flops, seconds
 from dense2conv.planner.memory import Memory, memory
-from dense2conv.planner.share import PRECISIONS, Share
+from dense2conv.planner.share import Share
 from dense2conv.planner.traffic import Collective, step_collectives
 from dense2conv.shapes import InputError
-from dense2conv.training.config import TrainConfig
 
 _MOST_NODES = 1 << 14
 
@@ -224,6 +223,7 @@ def _remedies(config: PlanConfig) -> list[str]:
         *_other_meshes(config),
         *_more_nodes(config),
         ("tp_across_nodes=true", dataclasses.replace(config, tp_across_nodes=True)),
+        *_less_a_process(config),
         *_smaller_batches(config),
         *_shorter_numbers(config),
     ):
@@ -252,6 +252,13 @@ def _more_nodes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
         nodes *= 2
 
 
+def _less_a_process(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+    """Rows of weights and optimizer state spread over dp, too."""
+    if not config.objective.noise_correction and config.parallel.shard == "none":
+        parallel = dataclasses.replace(config.parallel, shard="weights")
+        yield "parallel.shard=weights", dataclasses.replace(config, parallel=parallel)
+
+
 def _smaller_batches(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     batch = config.train.batch // 2
     while batch:
@@ -262,15 +269,13 @@ def _smaller_batches(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
 
 def _shorter_numbers(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     """Precisions of fewer bytes, of those that training knows."""
-    now = PRECISIONS[config.dtype or config.train.dtype].compute
-    for name, precision in PRECISIONS.items():
-        try:
-            TrainConfig(dtype=name).validate()
-        except InputError:
-            continue
-        if precision.compute < now:
-            train = dataclasses.replace(config.train, dtype=name)
-            yield f"train.dtype={name}", dataclasses.replace(config, train=train, dtype=None)
+    train = config.train
+    for words, shorter in (
+        ("train.dtype=float32", dataclasses.replace(train, dtype="float32")),
+        ("train.compute=bfloat16", dataclasses.replace(train, compute="bfloat16")),
+    ):
+        if shorter.compute_dtype.itemsize < train.compute_dtype.itemsize:
+            yield words, dataclasses.replace(config, train=shorter)
 
 
 def _divisors(number: int) -> list[int]:

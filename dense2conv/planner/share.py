@@ -27,33 +27,30 @@ _DRAWN = ("noise", "gaussian")  # kinds of images whose pixels are fp32 rather t
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of one number: of weights, gradients and activations, of a master copy, of momenta."""
+    """Bytes of one number: of products with weights and of activations, and of all that lasts."""
 
     name: str
     compute: int
     master: int
-    state: int
-
-
-PRECISIONS = {
-    "float64": Precision("float64", 8, 0, 8),
-    "float32": Precision("float32", 4, 0, 4),
-    "bfloat16": Precision("bfloat16", 2, 4, 4),
-}
 
 
 @dataclass(frozen=True)
 class LayerShare:
-    """Layer ``index``: D inputs, d units, d/tp of them here."""
+    """Layer ``index``: D inputs, d units, d/tp of them made here, the rows of ``num_kept`` kept here."""
 
     index: int
     num_inputs: int
     num_units: int
     num_held: int
+    num_kept: int
 
     @property
     def num_weights(self) -> int:
         return self.num_held * self.num_inputs
+
+    @property
+    def num_kept_weights(self) -> int:
+        return self.num_kept * self.num_inputs
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,11 @@ class Share:
         widths = list(self.config.model.widths)
         inputs = [self.config.data.shape.numel, *widths]
         held = np.array_split(np.arange(len(widths)), self.mesh.pp)[self.stage]
-        return [LayerShare(i, inputs[i], widths[i], self.held(widths[i])) for i in map(int, held)]
+        dp = _axis(self.mesh.dp if self.mesh.is_sharded else 1)
+        return [
+            LayerShare(i, inputs[i], widths[i], units, len(dp.shard(units)))
+            for i, units in ((int(i), self.held(widths[i])) for i in held)
+        ]
 
     @property
     def coded(self) -> list[LayerShare]:
@@ -135,12 +136,24 @@ class Share:
 
     @property
     def precision(self) -> Precision:
-        return PRECISIONS[self.config.dtype or self.config.train.dtype]
+        train = self.config.train
+        name = str(train.compute_dtype).removeprefix("torch.")
+        return Precision(name, train.compute_dtype.itemsize, train.torch_dtype.itemsize)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether products take a copy of the weights that lasts no longer than it is needed."""
+        return self.mesh.is_sharded or self.precision.compute < self.precision.master
+
+    @property
+    def is_network(self) -> bool:
+        """Whether there is one objective, at the top."""
+        return self.config.objective.scope == "network"
 
     @property
     def gram_bytes(self) -> list[int]:
         """Bytes of a number of each Gram matrix: fp32, and once more where that is too coarse."""
-        if self.precision.compute == 8:
+        if self.precision.master == 8:
             return [8]
         return [4, 8] if self.config.gram_dtype == "float64" else [4]
 
@@ -150,7 +163,8 @@ class Share:
 
     @property
     def num_weights(self) -> int:
-        return sum(layer.num_weights for layer in self.layers)
+        """That last here, with their optimizer state and gradient."""
+        return sum(layer.num_kept_weights for layer in self.layers)
 
     def held(self, num_units: int) -> int:
         """The units of a layer that are held here, d/tp rounded up."""

@@ -41,8 +41,9 @@ def step_collectives(share: Share) -> list[Collective]:
         calls += _objective(share, layer)
     calls += _gradients(share)
     calls += [
-        Collective(f"metrics of {layer_name(layer.index)}", "all_reduce", "tp", 3 * 8)
+        Collective(f"metrics of {layer_name(layer.index)}", "all_reduce", axis, 3 * 8)
         for layer in share.layers
+        for axis in (("tp", "dp") if share.mesh.is_sharded else ("tp",))
     ]
     sizes = {"pp": share.mesh.pp, "dp": share.mesh.dp, "tp": share.mesh.tp}
     return [call for call in calls if sizes[call.axis] > 1]
@@ -57,6 +58,7 @@ def _forward(share: Share) -> list[Collective]:
         calls.append(_gather("pixels", "tp", mesh.tp, share.num_rows, image))
     for layer in share.layers:
         name = layer_name(layer.index)
+        calls += _rows(share, layer)
         if layer.index > 0:
             if layer == share.layers[0]:
                 below = rows * share.held(layer.num_inputs) * compute
@@ -77,22 +79,37 @@ def _forward(share: Share) -> list[Collective]:
     return calls
 
 
+def _rows(share: Share, layer: LayerShare) -> list[Collective]:
+    """What processes along dp keep of a layer's rows, brought together for its products."""
+    if not share.mesh.is_sharded:
+        return []
+    dp, compute, name = share.mesh.dp, share.precision.compute, layer_name(layer.index)
+    times = 1
+    if share.mesh.shard == "weights" and share.is_network and layer.index > 0:
+        times += share.mesh.microbatches  # once more for the gradient of each piece's input
+    row = layer.num_inputs * compute
+    calls = [_gather(f"rows of {name}", "dp", dp, layer.num_held, row, times)]
+    if share.config.model.bias:
+        calls.append(_gather(f"bias of {name}", "dp", dp, layer.num_held, compute))
+    return calls
+
+
 def _objective(share: Share, layer: LayerShare) -> list[Collective]:
-    objective, compute = share.config.objective, share.precision.compute
+    objective, number = share.config.objective, share.precision.master
     name = layer_name(layer.index)
     is_global = objective.batch_scope == "global"
     calls = []
     if objective.on == "post" and is_global:  # the mean, and its gradient
-        mean = layer.num_held * compute
+        mean = layer.num_held * number
         calls.append(Collective(f"mean of {name}", "all_reduce", "dp", mean, count=2))
     for rate in share.rates(layer):
-        for number in share.gram_bytes:
-            calls += _gram(rate, number)
+        for digits in share.gram_bytes:
+            calls += _gram(rate, digits)
     if is_global:
-        calls.append(Collective(f"power of {name}", "all_reduce", "dp", compute))
+        calls.append(Collective(f"power of {name}", "all_reduce", "dp", number))
     else:  # what each process found is logged as its mean
         calls.append(Collective(f"terms of {name}", "all_reduce", "dp", 2 * 8))
-    calls.append(Collective(f"power of {name}", "all_reduce", "tp", compute))
+    calls.append(Collective(f"power of {name}", "all_reduce", "tp", number))
     return calls
 
 
@@ -122,24 +139,33 @@ def _gradients(share: Share) -> list[Collective]:
     mesh, compute, calls = share.mesh, share.precision.compute, []
     for layer in share.layers:
         name = layer_name(layer.index)
-        if share.config.objective.scope == "network" and layer.index > 0:
+        if share.is_network and layer.index > 0:
             row, pieces = share.num_microbatch_rows * compute, share.mesh.microbatches
             purpose = f"gradient to {name}'s inputs"
             joined = _gather(purpose, "tp", mesh.tp, layer.num_inputs, row, pieces)
             calls.append(replace(joined, kind="reduce_scatter"))
-        weights = layer.num_weights * compute
-        calls.append(Collective(f"gradient of {name}", "all_reduce", "dp", weights))
+        calls.append(_gradient(share, f"gradient of {name}", layer.num_held, layer.num_inputs))
         if share.config.model.bias:
-            bias = layer.num_held * compute
-            calls.append(Collective(f"gradient of {name}'s bias", "all_reduce", "dp", bias))
+            calls.append(_gradient(share, f"gradient of {name}'s bias", layer.num_held, 1))
     return calls
+
+
+def _gradient(share: Share, purpose: str, num_rows: int, row: int) -> Collective:
+    """The sum over dp of rows' gradients, each ``row`` numbers: of all rows, or of those kept here."""
+    mesh, number = share.mesh, share.precision
+    if not mesh.is_sharded:
+        return Collective(purpose, "all_reduce", "dp", num_rows * row * number.master)
+    # A stage that has to send gradients on makes them piece by piece.
+    pieces = mesh.microbatches if share.is_network and not share.is_first else 1
+    joined = _gather(purpose, "dp", mesh.dp, num_rows, row * number.compute, pieces)
+    return replace(joined, kind="reduce_scatter")
 
 
 def _neighbours(share: Share, kind: str, purpose: str, num_bytes: int) -> list[Collective]:
     """What passes between two stages; with one objective at the top its gradient comes back."""
     pieces = share.mesh.microbatches
     calls = [Collective(purpose, kind, "pp", num_bytes, pieces)]
-    if share.config.objective.scope == "network":
+    if share.is_network:
         back = {"send": "receive", "receive": "send"}[kind]
         calls.append(Collective(f"gradient of {purpose}", back, "pp", num_bytes, pieces))
     return calls

@@ -36,7 +36,7 @@ from dense2conv.files import write_atomically
 from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.parallel import Mesh
-from dense2conv.shapes import InputError
+from dense2conv.shapes import Axis, InputError, NestedAxis
 
 log = logging.getLogger(__name__)
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
@@ -262,16 +262,17 @@ def _own_share(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Host copies of what this process writes, and where in the whole tensors they lie.
 
-    The rows that a tp rank holds are split further over dp, whose processes hold the same ones.
+    Rows that all processes along dp hold are shared out among them.
     """
     copies: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
-    for name, tensor, total in _state(stack, optimizer):
+    for name, tensor, total, rows_axis in _state(stack, optimizer):
         offsets: list[int] = []
         if total:
-            rows = mesh.dp.shard(len(tensor))
-            offsets = [mesh.tp.shard(total).start + rows.start, *[0] * (tensor.ndim - 1)]
-            tensor = tensor[rows.start : rows.stop]  # (d/tp/dp, …)
+            rows = NestedAxis(mesh.tp, mesh.dp).shard(total)
+            held = rows_axis.shard(total)
+            offsets = [rows.start, *[0] * (tensor.ndim - 1)]
+            tensor = tensor[rows.start - held.start : rows.stop - held.start]  # (d/tp/dp, …)
         elif not mesh.writes_shards:
             continue
         copies[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -444,8 +445,8 @@ def _fill(
     if optimizer is not None:
         _allocate(optimizer, stack, stored)
     tensors = {
-        key: _as_dtensor(mesh, tensor, total) if total else tensor
-        for key, tensor, total in _state(stack, optimizer)
+        key: _as_dtensor(mesh, tensor, total, rows_axis) if total else tensor
+        for key, tensor, total, rows_axis in _state(stack, optimizer)
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns of its own deprecations
@@ -453,8 +454,12 @@ def _fill(
     return int(state["step"])
 
 
-def _state(stack: DenseStack, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, int]]:
-    """Every held tensor with its name and the whole number of its rows (0: a number, not split)."""
+def _state(
+    stack: DenseStack, optimizer: Optimizer | None
+) -> Iterator[tuple[str, Tensor, int, Axis]]:
+    """Every held tensor with its name, the whole number of its rows (0: a number, not split), and
+    what they are spread over.
+    """
     units = {f"layers.{n}": m.num_units for n, m in stack.layers.items()}
     units |= {f"standardise.{n}": m.num_units for n, m in stack.standardise.items()}
 
@@ -462,7 +467,9 @@ def _state(stack: DenseStack, optimizer: Optimizer | None) -> Iterator[tuple[str
         return units[name.rsplit(".", 1)[0]] if tensor.ndim else 0  # type: ignore[return-value]
 
     for name, tensor in (*stack.named_parameters(), *stack.named_buffers()):
-        yield name, tensor.detach(), total(name, tensor)
+        # What standardises activations is there for all units that are made here.
+        spread = stack.layout.features if name.startswith("standardise.") else stack.rows
+        yield name, tensor.detach(), total(name, tensor), spread
     if optimizer is None:
         return
     for name, parameter in stack.named_parameters():
@@ -474,7 +481,7 @@ def _state(stack: DenseStack, optimizer: Optimizer | None) -> Iterator[tuple[str
                     f"optimizer.name={type(optimizer).__name__}: its {key} has {len(value)} rows for "
                     f"{len(parameter)} units and cannot be split over processes; use another optimizer"
                 )
-            yield f"optimizer.{name}.{key}", value, total(name, value)
+            yield f"optimizer.{name}.{key}", value, total(name, value), stack.rows
 
 
 def _allocate(optimizer: Optimizer, stack: DenseStack, stored: dict[str, Any]) -> None:
@@ -492,16 +499,11 @@ def _allocate(optimizer: Optimizer, stack: DenseStack, stored: dict[str, Any]) -
             )
 
 
-def _as_dtensor(mesh: Mesh, tensor: Tensor, total: int) -> Tensor:
+def _as_dtensor(mesh: Mesh, tensor: Tensor, total: int, rows_axis: Axis) -> Tensor:
     """Own rows as a DTensor, which tells DCP where they lie in the whole; it shares their memory."""
-    placements: list[Placement] = [Replicate(), Shard(0)]
+    over_dp: Placement = Shard(0) if isinstance(rows_axis, NestedAxis) else Replicate()
     shape = torch.Size([total, *tensor.shape[1:]])
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        tensor,
-        mesh.device_mesh["dp", "tp"],
-        placements,
-        run_check=False,
-        shape=shape,
-        stride=strides,
+        tensor, mesh.rows_mesh, [Shard(0), over_dp], run_check=False, shape=shape, stride=strides
     )

@@ -33,14 +33,29 @@ class TrainConfig:
     batch: int = field(default=1024, metadata={"help": "images of the global batch"})
     dtype: str = field(default="float32", metadata={"help": "float32 | float64"})
 
+    compute: str = field(
+        default="same",
+        metadata={"help": "precision of the products with weights: same (as dtype) | bfloat16"},
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "torch.compile fuses the optimizer's step and the non-linearities"},
+    )
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.torch_dtype if self.compute == "same" else torch.bfloat16
 
     def validate(self) -> None:
         """Raise InputError where a field cannot be."""
         if self.dtype not in _DTYPES:
             raise InputError(f"train.dtype={self.dtype!r} is unknown; use {' or '.join(_DTYPES)}")
+        if self.compute not in ("same", "bfloat16"):
+            raise InputError(f"train.compute={self.compute!r} is unknown; use same or bfloat16")
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}; use 1 or more")
@@ -118,6 +133,8 @@ class Config:
             self.optimizer.name,
             self.train.torch_dtype,
             self.optimizer.clip,
+            self.train.compute_dtype,
+            self.train.compile,
         )
         if self.seed < 0:
             raise InputError(f"seed={self.seed}; use 0 or more")

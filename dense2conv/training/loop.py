@@ -50,7 +50,7 @@ def train(
         Stopped: a signal ended it after a whole step, which is saved.
     """
     stack = build_stack(config, mesh, len(source.geometry)).init(config.seed)
-    optimizer = make_optimizer(config.optimizer, stack, config.objective.l1)
+    optimizer = make_optimizer(config.optimizer, stack, config.objective.l1, config.train.compile)
     objective = EfficientCoding(config.objective, stack.activation, config.data.input_noise_std)
     batch, steps = config.train.batch, config.train.steps
 
@@ -71,6 +71,9 @@ def train(
         batch,
         config.parallel.microbatches,
         config.optimizer.clip,
+        config.train.compute_dtype,
+        config.parallel.shard == "weights",
+        config.train.compile,
     )
 
     rows = mesh.dp.shard(batch)
@@ -96,9 +99,9 @@ def train(
             done = step + 1
             values: dict[str, Tensor | Value] = {"lr": lr}
             with engine.whole():
-                values |= layer_metrics(mesh, stack, terms, config.objective.l1)
+                values |= layer_metrics(stack, terms, config.objective.l1)
                 if done % config.log.radius_every == 0 or done == steps:
-                    values |= field_metrics(mesh, stack, source)
+                    values |= field_metrics(stack, source)
                 if done in snapshots:
                     values |= save_fields(config, mesh, folder, stack, f"step{done:08d}")
             values |= shares_of_the_step(mesh, engine, read - began, time.monotonic() - began)
@@ -127,7 +130,14 @@ def build_stack(config: Config, mesh: Mesh, num_inputs: int) -> DenseStack:
     """This process's share of the network, allocated and not yet filled."""
     layers = mesh.stage(len(config.model.widths))
     with mesh.device:
-        return DenseStack(num_inputs, config.model, mesh.layout, layers, config.train.torch_dtype)
+        return DenseStack(
+            num_inputs,
+            config.model,
+            mesh.layout,
+            layers,
+            config.train.torch_dtype,
+            mesh.rows(config.parallel),
+        )
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -186,7 +196,7 @@ def save_fields(
         for place, unit in enumerate(units):
             if unit in layer.units:
                 sample[place] = layer.weight[unit - layer.units.start].float()
-        sample = mesh.tp.sum(sample)
+        sample = stack.rows.sum(sample)
         if mesh.writes_shards:
             weight = sample.cpu().numpy()
             path = folder.fields / f"{layer_name(i)}_{name}.npz"

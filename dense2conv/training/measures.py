@@ -20,6 +20,7 @@ from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import Terms
 from dense2conv.parallel import Mesh
 from dense2conv.parallel.engines import Engine
+from dense2conv.shapes import Axis
 from dense2conv.structure.locality import receptive_fields, row_chunks
 
 _MAGNITUDES = (
@@ -46,10 +47,8 @@ class Fields(NamedTuple):
 Value = float | Histogram | Fields
 
 
-def layer_metrics(
-    mesh: Mesh, stack: DenseStack, terms: Mapping[str, Terms], l1: float
-) -> dict[str, Tensor]:
-    """Device scalars of the held layers, exact over the tensor-parallel group.
+def layer_metrics(stack: DenseStack, terms: Mapping[str, Terms], l1: float) -> dict[str, Tensor]:
+    """Device scalars of the held layers, exact over all processes that hold rows of them.
 
     Keys of layers after the first start with ``layer2/`` and so on; in the network scope the top
     layer's rate, power and objective are the run's and stand under their plain names too.
@@ -61,7 +60,7 @@ def layer_metrics(
         nonzero = torch.linalg.vector_norm(weight, 0, dim=1).double()  # (d/tp,)
         magnitude = torch.linalg.vector_norm(weight, 1, dim=1).double()
         counts = torch.stack([nonzero.sum(), (nonzero == 0).sum(), magnitude.sum()])
-        counts = mesh.tp.sum(counts)
+        counts = stack.rows.sum(counts)
         prefix = layer_prefix(i)
         values[f"{prefix}sparsity"] = 1 - counts[0] / (d * weight.shape[1])
         values[f"{prefix}dead"] = counts[1] / d
@@ -82,10 +81,10 @@ def layer_prefix(index: int) -> str:
     return "" if index == 0 else f"{layer_name(index)}/"
 
 
-def magnitudes(mesh: Mesh, weight: Tensor) -> Histogram:
+def magnitudes(weight: Tensor, rows_axis: Axis) -> Histogram:
     """How large the weights of a layer are that are not 0, in decades.
 
-    weight: (d/tp, D), own rows; every process of the tp group calls this.
+    weight: own rows of (d, D), spread over ``rows_axis``; all its processes call this.
     """
     low, high, num_bins = _MAGNITUDES
     counts = torch.zeros(num_bins, dtype=torch.float64, device=weight.device)
@@ -94,7 +93,7 @@ def magnitudes(mesh: Mesh, weight: Tensor) -> Histogram:
         inside = decades[decades > -1e30].clamp(low, high)
         counts += torch.histc(inside.float(), num_bins, low, high).double()
     edges = np.linspace(low, high, num_bins + 1)
-    return Histogram(mesh.tp.sum(counts).cpu().numpy(), edges)
+    return Histogram(rows_axis.sum(counts).cpu().numpy(), edges)
 
 
 def radii(radius: Tensor) -> Histogram:
@@ -118,16 +117,16 @@ def layer_flops(widths: Sequence[int], network_scope: bool) -> float:
     )
 
 
-def field_metrics(mesh: Mesh, stack: DenseStack, source: ImageSource) -> dict[str, Value]:
+def field_metrics(stack: DenseStack, source: ImageSource) -> dict[str, Value]:
     """How large the held layers' weights are, and the radii in pixels of the first one's live units."""
     values: dict[str, Value] = {}
     for i in stack.indices:
         weight = stack.layer(i).weight.detach()
-        values[f"{layer_prefix(i)}magnitudes"] = magnitudes(mesh, weight)
+        values[f"{layer_prefix(i)}magnitudes"] = magnitudes(weight, stack.rows)
         if i == 0:
             fields = receptive_fields(weight, source.geometry)
             radius = torch.where(fields.alive, fields.radius, torch.nan)
-            radius = mesh.tp.gather(radius, stack.layer(i).num_units)
+            radius = stack.rows.gather(radius, stack.layer(i).num_units)
             values |= {"radius": float(radius.nanmedian()), "radii": radii(radius)}
     return values
 

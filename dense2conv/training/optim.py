@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dense2conv.objectives import soft_threshold
@@ -58,7 +58,9 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def make_optimizer(config: OptimizerConfig, module: nn.Module, l1: float) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, module: nn.Module, l1: float, compiled: bool = False
+) -> Optimizer:
     """The optimizer of ``config``; matrices pay λ = ``l1`` a unit of magnitude, biases nothing."""
     parameters = list(module.parameters())
     groups = [
@@ -67,7 +69,7 @@ def make_optimizer(config: OptimizerConfig, module: nn.Module, l1: float) -> Opt
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "prox_adam":
-        return ProxAdam(groups, lr=config.lr, **config.options)
+        return ProxAdam(groups, lr=config.lr, compiled=compiled, **config.options)
     optimizer: Optimizer = getattr(torch.optim, config.name)(groups, lr=config.lr, **config.options)
     optimizer.register_step_post_hook(_proximal_step)
     return optimizer
@@ -86,6 +88,7 @@ class ProxAdam(Optimizer):
         betas: decay of the momentum and of the rows' second moment.
         eps: added to the root of the second moment.
         l1: λ of groups that name none.
+        compiled: let torch.compile fuse a parameter's step into two passes.
     """
 
     def __init__(
@@ -95,8 +98,12 @@ class ProxAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-12,
         l1: float = 0.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "l1": l1})
+        # What goes over the weights; the rows' figures between them change with every step.
+        self._accumulate = torch.compile(_accumulate) if compiled else _accumulate
+        self._descend = torch.compile(_descend) if compiled else _descend
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,17 +125,27 @@ class ProxAdam(Optimizer):
                 state["step"] += 1
                 step = state["step"].double()  # a tensor: nobody waits for its value
                 momentum, metric = state["momentum"], state["row_metric"]
-                momentum.lerp_(p.grad, 1 - beta1)
-                square = torch.linalg.vector_norm(
-                    p.grad.flatten(1) if p.ndim > 1 else p.grad[:, None], dim=1
-                ).square_()
+                square = self._accumulate(momentum, p.grad, 1 - beta1)
                 metric.lerp_(square.view_as(metric) / p.shape[1:].numel(), 1 - beta2)
                 root = (metric / (1 - beta2**step)).sqrt_().add_(group["eps"])
                 step_size = group["lr"] / root  # (d, 1): one a row
-                p.addcmul_(momentum, step_size / (1 - beta1**step), value=-1)
-                if group["l1"]:
-                    soft_threshold(p, step_size * group["l1"])
+                threshold = step_size * group["l1"] if group["l1"] else None
+                self._descend(p, momentum, step_size / (1 - beta1**step), threshold)
         return loss
+
+
+def _accumulate(momentum: Tensor, grad: Tensor, weight: float) -> Tensor:
+    """Move the momentum (d, …) towards the gradient; ‖g_r‖² of its rows: (d,)."""
+    momentum.lerp_(grad, weight)
+    rows = grad.flatten(1) if grad.ndim > 1 else grad[:, None]
+    return torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+def _descend(p: Tensor, momentum: Tensor, step_size: Tensor, threshold: Tensor | None) -> None:
+    """Gradient step of ``p`` (d, …) and soft threshold, each of one size a row: (d, 1, …)."""
+    p.addcmul_(momentum, step_size, value=-1)
+    if threshold is not None:
+        soft_threshold(p, threshold)
 
 
 def _proximal_step(optimizer: Optimizer, *_: Any) -> None:

@@ -55,7 +55,7 @@ def _step_and_prune(rank, changes):
             x = next_batch(config, mesh, source, 0, range(config.train.batch))
             terms = engine.forward_backward(x)
             engine.step(config.optimizer.lr)
-            layer_metrics(mesh, stack, terms, config.objective.l1)
+            layer_metrics(stack, terms, config.objective.l1)
             step = Counter(group.calls)
             mask_smallest(config.prune, [stack.layer(0)], mesh.tp)
             engine.apply_masks()

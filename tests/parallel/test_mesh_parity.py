@@ -51,7 +51,7 @@ def _trained(mesh_sizes, steps, dtype, changes):
     def keep(checkpoints, step, stack, *_, **__):
         for i in stack.indices:
             layer = stack.layer(i)
-            weights[i] = checkpoints.mesh.tp.gather(layer.weight.detach().clone(), layer.num_units)
+            weights[i] = stack.rows.gather(layer.weight.detach().clone(), layer.num_units)
 
     save, Checkpoints.save = Checkpoints.save, keep
     try:
@@ -112,6 +112,36 @@ def test_a_process_without_units():
 
 # |z| at the top repels units from its kink and magnifies rounding at once; tanh does not.
 NETWORK = {"objective.scope": "network", "model.nonlinearity": "tanh"}
+
+
+SHARDED = {"parallel.shard": "weights"}
+# Adam would divide a bias' gradient, here but rounding, by its size.
+CLIPPED = {
+    "optimizer.clip": 0.5,
+    "optimizer.name": "SGD",
+    "optimizer.lr": 0.005,
+    "model.bias": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ((1, 2, 1, 1), SHARDED),
+        ((1, 2, 2, 2), SHARDED | NETWORK),
+        ((1, 2, 2, 1), {"parallel.shard": "optimizer"} | CLIPPED),
+        ((2, 2, 1, 2), SHARDED | NETWORK | CLIPPED),
+        ((1, 4, 1, 1), {"parallel.shard": "weights", "model.widths": [36, 5]}),  # one has no row
+    ],
+)
+def test_rows_spread_over_dp(mesh, changes):
+    _compare(mesh, 25, "float64", changes, 1e-9)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 2, 1), (1, 2, 1, 2)])
+def test_bfloat16_products_move_float32_weights(mesh):
+    changes = {"train.compute": "bfloat16", "parallel.shard": "weights"}
+    _compare(mesh, 10, "float32", changes, 2e-2)
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 1, 1), (2, 1, 2, 3), (3, 1, 1, 2)])

@@ -80,6 +80,14 @@ def _peaks(num_ranks: int, folder, *words: str) -> dict[str, int]:
     return found
 
 
+SHARDED_NETWORK = {
+    "parallel.shard": "weights",
+    "train.compute": "bfloat16",
+    "objective.scope": "network",
+    "train.batch": 64,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "changes"),
@@ -89,6 +97,9 @@ def _peaks(num_ranks: int, folder, *words: str) -> dict[str, int]:
         ((1, 2, 1), {"model.widths": [4096], "optimizer.name": "AdamW"}),
         ((2, 1, 2), {"model.widths": [8192, 16384]}),
         ((1, 2, 2), {"model.widths": [8192], "parallel.microbatches": 2}),
+        ((1, 1, 1), {"model.widths": [8192], "train.compute": "bfloat16"}),
+        ((1, 2, 1), {"model.widths": [8192], "parallel.shard": "optimizer"}),
+        ((1, 2, 1), {"model.widths": [4096, 8192, 4096], "data.side": 64} | SHARDED_NETWORK),
     ],
 )
 def test_memory_of_real_runs(mesh, changes, tmp_path):

@@ -14,6 +14,7 @@ from tests.ranks import on_ranks
 
 IMAGES = {"data.kind": "noise", "data.side": 224, "data.channels": 3, "train.batch": 4096}
 WIDE = {**IMAGES, "model.widths": [150_528, 1024, 500]}
+SHARDED = {"parallel.shard": "weights", "train.compute": "bfloat16", "model.bias": True}
 CASES = [  # (pp, dp, tp), the rank whose calls are counted, and what else differs
     ((1, 1, 1024), 0, {"model.widths": [150_528]}),
     ((1, 1, 8), 0, {}),
@@ -26,6 +27,9 @@ CASES = [  # (pp, dp, tp), the rank whose calls are counted, and what else diffe
     ((2, 64, 8), 512, {"objective.scope": "network", "parallel.microbatches": 2}),
     ((1, 128, 8), 0, {"objective.batch_scope": "local", "train.dtype": "float64"}),
     ((1, 128, 8), 0, {"objective.on": "post", "model.standardise": False}),
+    ((1, 128, 8), 0, SHARDED),
+    ((2, 64, 8), 0, SHARDED | {"objective.scope": "network", "parallel.microbatches": 2}),
+    ((2, 64, 8), 512, SHARDED | {"objective.scope": "network", "parallel.microbatches": 2}),
     ((1, 128, 8), 0, {"objective.noise_correction": True, "data.side": 16}),
 ]
 
@@ -63,14 +67,23 @@ def _real_calls(sizes, rank, changes) -> Calls:
         objective = EfficientCoding(config.objective, stack.activation, noise)
         batch, microbatches = config.train.batch, config.parallel.microbatches
         # It asks the mesh for its neighbours, which are real numbers.
-        engine = NativeEngine(mesh, stack, objective, optimizer, batch, microbatches)
+        engine = NativeEngine(
+            mesh,
+            stack,
+            objective,
+            optimizer,
+            batch,
+            microbatches,
+            compute=config.train.compute_dtype,
+            regather=config.parallel.shard == "weights",
+        )
         with group.tensors:
             rows = mesh.dp.shard(batch)
             x = next_batch(config, mesh, source, 0, rows) if mesh.pp.rank == 0 else None
             terms = engine.forward_backward(x)
             # A stage without an objective of its own has no terms.
             terms = terms or {"layer1": Terms(torch.zeros(()), torch.zeros(()))}
-            layer_metrics(mesh, stack, terms, config.objective.l1)
+            layer_metrics(stack, terms, config.objective.l1)
         return group.calls
 
 

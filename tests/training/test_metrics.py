@@ -401,7 +401,7 @@ def test_flops_are_those_that_torch_counts():
 def _magnitudes(weight):
     with open_mesh(ParallelConfig(tp=int(os.environ["WORLD_SIZE"]), device="cpu")) as mesh:
         own = mesh.tp.shard(len(weight))
-        return magnitudes(mesh, weight[own.start : own.stop])
+        return magnitudes(weight[own.start : own.stop], mesh.tp)
 
 
 @pytest.mark.parametrize("size", [1, 2])

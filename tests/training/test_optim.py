@@ -90,3 +90,19 @@ def test_the_schedule_warms_up_and_ends_low():
 def test_what_is_no_optimizer_is_named(fields):
     with pytest.raises(InputError):
         OptimizerConfig(**fields).validate()
+
+
+def test_a_compiled_step_is_the_same_step():
+    weights = []
+    for compiled in (False, True):
+        layer = _linear()
+        with torch.no_grad():
+            for p, seed in zip(layer.parameters(), (1, 2), strict=True):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        optimizer = make_optimizer(OptimizerConfig(), layer, l1=0.1, compiled=compiled)
+        for step in range(5):  # another rate each time: compiled once all the same
+            optimizer.param_groups[0]["lr"] = learning_rate(OptimizerConfig(), step, 5)
+            optimizer.step()
+        weights.append([p.detach().clone() for p in layer.parameters()])
+    for eager, fused in zip(*weights, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-12, atol=1e-14)

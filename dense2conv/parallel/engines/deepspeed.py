@@ -78,6 +78,10 @@ class DeepspeedEngine(NativeEngine):
             losses.append(loss)
         return torch.stack(losses).sum()
 
+    def linear(self, i: int, x: Tensor, *_: Any) -> Tensor:
+        output: Tensor = self.stack.layer(i)(x)  # as a module: ZeRO 3 gathers its weights
+        return output
+
     def step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -101,12 +101,27 @@ def validate_engine(
     optimizer: str,
     dtype: torch.dtype,
     clip: float | None = None,
+    compute: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> None:
     """Raise InputError for an engine that is unknown, or would compute something else than asked."""
     if name not in ENGINES:
         raise InputError(f"engine={name!r} is unknown; use one of {', '.join(ENGINES)}")
     if clip is not None and not clip > 0:
         raise InputError(f"optimizer.clip={clip}; use a positive number, or null for no clipping")
+    if parallel.shard != "none" and objective.noise_correction:
+        raise InputError(
+            f"parallel.shard={parallel.shard} with objective.noise_correction=true: the term takes all "
+            "rows of a process's share at once; use parallel.shard=none"
+        )
+    if name != "native":
+        others = {
+            "parallel.shard": parallel.shard != "none",
+            "train.compute": compute not in (None, dtype),
+            "train.compile": compiled,
+        }
+        for key in (key for key, is_set in others.items() if is_set):
+            raise InputError(f"{key} is set with engine={name}, which has none; use engine=native")
     if name == "fairscale":
         _validate_fairscale(parallel, model)
     if name == "deepspeed":
@@ -182,6 +197,9 @@ def make_engine(
     batch: int,
     microbatches: int = 1,
     clip: float | None = None,
+    compute: torch.dtype | None = None,
+    regather: bool = False,
+    compiled: bool = False,
 ) -> Engine:
     """The engine ``name``, which ``validate_engine`` let pass, on the stack and optimizer as they are.
 
@@ -189,6 +207,7 @@ def make_engine(
         name: one of ``ENGINES``.
         deepspeed: for the engine of that name.
         mesh, stack, objective, optimizer, batch, microbatches, clip: see ``NativeEngine``.
+        compute, regather, compiled: see there, too; the other engines know none of them.
     """
     share = (mesh, stack, objective, optimizer, batch, microbatches, clip)
     if name == "deepspeed":
@@ -201,4 +220,4 @@ def make_engine(
         return FairscaleEngine(*share)
     from dense2conv.parallel.engines.native import NativeEngine
 
-    return NativeEngine(*share)
+    return NativeEngine(*share, compute, regather, compiled)

@@ -30,7 +30,7 @@ class FairscaleEngine(NativeEngine):
             initialize.initialize_model_parallel(self.mesh.tp.size)
         self.linears = [_Column(self.stack.layer(i)) for i in self.stack.indices]
 
-    def linear(self, i: int, x: Tensor) -> Tensor:
+    def linear(self, i: int, x: Tensor, *_: Any) -> Tensor:
         output: Tensor = self.linears[i](x if i == 0 else gather_from_model_parallel_region(x))
         return output
 

@@ -1,6 +1,10 @@
 """The native engine: hand-sharded layers, exact whole-batch objectives, a pipeline of stages.
 
-m   samples of the global batch     d   units, d/tp held here     M   micro-batches
+m   samples of the global batch     d   units, d/tp of them here     M   micro-batches
+
+With ``parallel.shard`` the processes along dp keep a part of those d/tp rows each, with gradient and
+optimizer state; the optimizer works on rows, so its step is exact on any of them. The whole d/tp rows
+exist from a layer's forward until nothing needs them any more.
 """
 
 from __future__ import annotations
@@ -8,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -19,7 +26,7 @@ from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding, Terms
 from dense2conv.parallel.mesh import Mesh
 from dense2conv.parallel.pipeline import Pipeline
-from dense2conv.shapes import WHOLE, Axis, Layout
+from dense2conv.shapes import WHOLE, Axis, Layout, NestedAxis
 
 
 class NativeEngine:
@@ -35,6 +42,11 @@ class NativeEngine:
             the whole batch once.
         clip: what the norm of the gradients is limited to, of all layers in the network scope, of
             each one otherwise; None: not at all.
+        compute: the precision of the products with weights; None: that of the weights, which are
+            then the master copy.
+        regather: where rows are spread over dp, too, bring a layer's rows together once more for
+            its backward instead of holding on to them. Only one objective at the top needs that.
+        compiled: let torch.compile fuse what stands between the products.
     """
 
     def __init__(
@@ -46,9 +58,16 @@ class NativeEngine:
         batch: int,
         microbatches: int = 1,
         clip: float | None = None,
+        compute: torch.dtype | None = None,
+        regather: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.mesh, self.stack, self.objective, self.optimizer = mesh, stack, objective, optimizer
         self.batch, self.microbatches, self.clip = batch, microbatches, clip
+        self.compute = stack.dtype if compute is None else compute
+        self.is_sharded = isinstance(stack.rows, NestedAxis)
+        self.regather = regather and self.is_sharded
+        self.emit = torch.compile(stack.emit) if compiled else stack.emit
         self.network_scope = objective.config.scope == "network"
         top = stack.num_layers - 1
         self.coded = [i for i in stack.indices if i == top or not self.network_scope]
@@ -113,28 +132,69 @@ class NativeEngine:
     def _layer(self, i: int, pieces: Iterable[Tensor], outputs: list[Tensor]) -> Iterator[Tensor]:
         """Layer ``i`` on pieces as they come: keeps its outputs and yields what it shows of them."""
         normaliser = self.stack.normaliser(i)
+        parameters = None
         for piece in pieces:
-            outputs.append(self.linear(i, piece))
+            # Only now: the layers below have done their work, or at least begun.
+            parameters = parameters or self._parameters(i)
+            with self._let_go(i, parameters[0]):
+                outputs.append(self.linear(i, piece.to(self.compute), *parameters))
             if normaliser is None:
                 yield self._show(i, outputs[-1])
+        del parameters
         if normaliser is not None:  # which has to see the whole batch first
             activations = self.stack.activation(torch.cat(outputs).detach())
             normaliser.update(activations, self.batch, self.mesh.layout)
             yield from (self._show(i, z) for z in outputs)
 
-    def linear(self, i: int, x: Tensor) -> Tensor:
+    def linear(self, i: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output (m/dp/M, d/tp) of layer ``i``.
 
         x: images (m/dp/M, D), or own shard (m/dp/M, D/tp) of what the layer below shows.
+        weight, bias: (d/tp, D) and (d/tp,), from ``_parameters``.
         """
-        output: Tensor = self.stack.layer(i)(x, WHOLE if i == 0 else self.mesh.tp)
-        return output
+        columns = WHOLE if i == 0 else self.mesh.tp
+        return columns.linear(x, weight, bias)
+
+    def _parameters(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """Weight (d/tp, D) and bias (d/tp,) of layer ``i`` as products take them.
+
+        In their precision, and with the rows that the other processes along dp keep. A gradient
+        goes back into the own rows: the sum of all dp processes'.
+        """
+        layer = self.stack.layer(i)
+        return self._whole(i, layer.weight), None if layer.bias is None else self._whole(
+            i, layer.bias
+        )
+
+    def _whole(self, i: int, own: Tensor) -> Tensor:
+        own = own.to(self.compute)
+        if not self.is_sharded:
+            return own
+        return self.mesh.dp.gather(own, len(self.mesh.tp.shard(self.stack.layer(i).num_units)))
+
+    def _let_go(self, i: int, weight: Tensor) -> AbstractContextManager[Any]:
+        """A block whose graph does not keep the gathered ``weight``: backward gathers it again."""
+        if not self.regather:
+            return nullcontext()
+        storage = StorageWeakRef(weight.untyped_storage()).cdata
+
+        def pack(saved: Tensor) -> Any:  # the weight, or it transposed
+            is_weight = StorageWeakRef(saved.untyped_storage()).cdata == storage
+            return (saved.shape, saved.stride()) if is_weight else saved
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            with torch.no_grad():
+                return self._whole(i, self.stack.layer(i).weight).as_strided(*packed)
+
+        return saved_tensors_hooks(pack, unpack)
 
     def _show(self, i: int, z: Tensor) -> Tensor:
         """What layer ``i`` shows the next one: (m/dp/M, d/tp); gradients pass by scope."""
         if i == self.stack.num_layers - 1:
             return z
-        return self.stack.emit(i, z if self.network_scope else z.detach())
+        return self.emit(i, z if self.network_scope else z.detach()).to(self.compute)
 
     def _receive(self, received: list[Tensor]) -> Iterator[Tensor]:
         """The previous stage's pieces as they come; keeps those whose gradient it is to have."""
@@ -142,7 +202,7 @@ class NativeEngine:
         rows = len(self.mesh.dp.shard(self.batch)) // self.microbatches
         below = self.mesh.tp.shard(first.num_inputs)
         for _ in range(self.microbatches):
-            shard = self.pipeline.receive((rows, len(below)), first.weight.dtype)
+            shard = self.pipeline.receive((rows, len(below)), self.compute)
             if self.network_scope:
                 received.append(shard.requires_grad_())
             yield shard
@@ -152,11 +212,12 @@ class NativeEngine:
 
         A rate is no mean over samples: the pieces' own rates would have other gradients.
         """
-        z = torch.cat([piece.detach() for piece in outputs]).requires_grad_()  # (m/dp, d/tp)
+        z = torch.cat([piece.detach() for piece in outputs])  # (m/dp, d/tp)
+        z = z.to(self.stack.dtype).requires_grad_()
         loss, terms = self.code(i, z)
         loss.backward()
         assert z.grad is not None
-        return terms, z.grad.split([len(piece) for piece in outputs])
+        return terms, z.grad.to(self.compute).split([len(piece) for piece in outputs])
 
     def code(self, i: int, z: Tensor) -> tuple[Tensor, Terms]:
         """The loss of layer ``i`` and its terms in nats a unit, for the whole batch's z (m/dp, d/tp)."""
@@ -176,6 +237,9 @@ class NativeEngine:
         self, pieces: list[Tensor], slopes: Iterable[Tensor], received: list[Tensor]
     ) -> None:
         """Backward from M pieces, and on to the previous stage through what was received from it."""
+        if self.is_sharded and not received:  # one sum over dp, of all pieces' gradients
+            torch.autograd.backward(pieces, list(slopes))
+            return
         for k, (piece, slope) in enumerate(zip(pieces, slopes, strict=True)):
             piece.backward(slope)
             if received:
@@ -185,6 +249,8 @@ class NativeEngine:
 
     def _sum_gradients(self) -> None:
         """Every process has the gradient of the one objective for its samples: add them over dp."""
+        if self.is_sharded:
+            return  # done where the rows were brought together
         for parameter in self.stack.parameters():
             if parameter.grad is not None:
                 parameter.grad = self.mesh.dp.sum(parameter.grad)
@@ -198,8 +264,8 @@ class NativeEngine:
             return
         layers = [list(self.stack.layer(i).parameters()) for i in self.stack.indices]
         for parameters in [list(chain(*layers))] if self.network_scope else layers:
-            # Processes along dp hold the same gradient already.
-            square = self.mesh.tp.sum(get_total_norm([p.grad for p in parameters]).square())  # type: ignore[misc]
+            # Processes along dp hold the same gradient already, or other rows of it.
+            square = self.stack.rows.sum(get_total_norm([p.grad for p in parameters]).square())  # type: ignore[misc]
             if self.network_scope:
                 square = self.mesh.pp.sum(square)
             clip_grads_with_norm_(parameters, self.clip, square.sqrt())
