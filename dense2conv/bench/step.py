@@ -69,6 +69,17 @@ class StepBench:
         metadata={"help": "[units, samples] of each pipeline of equal layers, one a process"},
     )
     microbatches: int = field(default=4, metadata={"help": "pieces of a pipeline's batch"})
+    layers: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "[inputs, units] of each layer whose whole step in bfloat16 is held against its "
+            "products; null: two large ones on a GPU, none on a CPU"
+        },
+    )
+    layer_batch: int = field(default=4096, metadata={"help": "samples of the steps of layers"})
+    compile: bool = field(
+        default=False, metadata={"help": "let torch.compile fuse the updates of layers"}
+    )
     calibration: int = field(
         default=2048, metadata={"help": "side of the product that tells how many cores there are"}
     )
@@ -80,15 +91,24 @@ class StepBench:
     epsilon_squared: float = field(default=0.5, metadata={"help": "ε² a feature of the rate"})
     seed: int = field(default=0, metadata={"help": "of weights and samples"})
 
+    @property
+    def whole_layers(self) -> list[list[int]]:
+        """The layers whose whole step is measured on this device."""
+        if self.layers is not None:
+            return self.layers
+        on_gpu = self.parallel.device != "cpu" and torch.cuda.is_available()
+        return [[12288, 49152], [49152, 49152]] if on_gpu else []
+
     def validate(self) -> None:
         """Raise InputError where a field cannot be."""
         self.run.validate()
         self.parallel.validate_device()
         tp = self.parallel.tp
-        if tp < 2 or self.parallel.dp * self.parallel.pp > 1:
+        if self.parallel.dp * self.parallel.pp > 1 or (tp < 2 and not self.whole_layers):
             raise InputError(
                 f"parallel.pp={self.parallel.pp} parallel.dp={self.parallel.dp} parallel.tp={tp}: "
-                "this benchmark splits layers over processes; use parallel.tp=2"
+                "this benchmark splits layers over processes; use parallel.tp=2, or measure whole "
+                "layers= on one process"
             )
         for widths in self.networks:
             if len(widths) < 2 or min(widths) < 1 or any(width % tp for width in widths[1:]):
@@ -96,8 +116,8 @@ class StepBench:
                     f"networks holds {widths}; give [inputs, units, …], units in multiples of "
                     f"parallel.tp={tp}, since others split evenly or not at all"
                 )
-        for name in ("rates", "pipelines"):
-            for shape in getattr(self, name):
+        for name in ("rates", "pipelines", "layers"):
+            for shape in getattr(self, name) or []:
                 if len(shape) != 2 or min(shape) < 1:
                     raise InputError(f"{name} holds {shape}; give two positive numbers a row")
         for units, samples in self.pipelines:
@@ -109,10 +129,10 @@ class StepBench:
         unknown = set(self.losses) - set(_LOSSES)
         if unknown:
             raise InputError(f"losses holds {sorted(unknown)}; use some of {list(_LOSSES)}")
-        if min([1, *self.batches, self.calibration, self.threads]) < 1:
+        if min([1, *self.batches, self.layer_batch, self.calibration, self.threads]) < 1:
             raise InputError(
-                f"batches={self.batches} calibration={self.calibration} threads={self.threads}; "
-                "use positive numbers"
+                f"batches={self.batches} layer_batch={self.layer_batch} calibration="
+                f"{self.calibration} threads={self.threads}; use positive numbers"
             )
         if self.pairs < 3:
             raise InputError(f"pairs={self.pairs}; use 3 or more, 15 for an interval")
@@ -128,10 +148,11 @@ def bench_step(config: StepBench, mesh: Mesh) -> None:
     about = {}
     if mesh.is_main:
         about = machine(mesh.device) | {"processes": mesh.tp.size, "side_by_side": ratio}
-        print(_on_cores(ratio, mesh.tp.size), flush=True)
+        if mesh.tp.size > 1:
+            print(_on_cores(ratio, mesh.tp.size), flush=True)
     groups: list[Group] = []
-    for measure in _measures(config, mesh):
-        groups.append(measure())
+    for group in _groups(config, mesh):
+        groups.append(group())
         gc.collect()  # the others' modules hold themselves
         if mesh.is_main:  # a long run leaves what it has, even if it is stopped
             print(f"\n{groups[-1]}", flush=True)
@@ -144,12 +165,19 @@ def bench_step(config: StepBench, mesh: Mesh) -> None:
         print(folder.path / "result.json")
 
 
-def _measures(config: StepBench, mesh: Mesh) -> list[Callable[[], Group]]:
+def _groups(config: StepBench, mesh: Mesh) -> list[Callable[[], Group]]:
+    from dense2conv.bench.utilisation import layer_utilisation
+
     networks = product(config.networks, config.batches, config.losses)
+    layers: list[Callable[[], Group]]
+    layers = [partial(layer_utilisation, config, mesh, *shape) for shape in config.whole_layers]
+    if mesh.tp.size == 1:
+        return layers  # the rest is about several processes
     return [
         *(partial(_network, config, mesh, *case) for case in networks),
         *(partial(_rate, config, mesh, *shape) for shape in config.rates),
         *(partial(_pipeline, config, mesh, *shape) for shape in config.pipelines),
+        *layers,
     ]
 
 
@@ -289,9 +317,6 @@ class SilentAxis(Axis):
     def gather(self, tensor: Tensor, total: int, dim: int = 0) -> Tensor:
         return torch.cat([tensor] * self.size, dim).narrow(dim, 0, total)
 
-    def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return super().linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)
-
 
 def _network(config: StepBench, mesh: Mesh, widths: list[int], m: int, loss: str) -> Group:
     """A step of a network: ours beside the others, beside silent processes, and beside one."""
@@ -310,14 +335,14 @@ def _network(config: StepBench, mesh: Mesh, widths: list[int], m: int, loss: str
         "one process": _on_one(mesh, lambda: dense_step(problem, SINGLE)),
     }
     problem.weights.clear()  # every candidate has its own
-    times, rows = _measure(config, mesh, candidates)
+    times, rows = measure(config, mesh, candidates)
     marks = [_silent_mark(times)]
     if loss == "plain":
         best = min((name for name in rivals if name in times), key=lambda name: median(times[name]))
         ratio = Ratio.of(times["ours"], times[best])
         bound, met = "level if its interval reaches 1", ratio.low <= 1
-        marks.append(_mark(f"ours / {best}, the best of the others", ratio, bound, met))
-    return Group(f"{_arrows(widths)}, {loss} loss, batch {m}", rows, marks)
+        marks.append(mark(f"ours / {best}, the best of the others", ratio, bound, met))
+    return Group(f"{arrows(widths)}, {loss} loss, batch {m}", rows, marks)
 
 
 def _rate(config: StepBench, mesh: Mesh, m: int, d: int) -> Group:
@@ -351,10 +376,10 @@ def _rate(config: StepBench, mesh: Mesh, m: int, d: int) -> Group:
         "silent": candidate(ours(Layout(features=SilentAxis(mesh.tp))), own),
         "one process": _on_one(mesh, lambda: candidate(ours(SINGLE), whole)),
     }
-    times, rows = _measure(config, mesh, candidates)
+    times, rows = measure(config, mesh, candidates)
     ratio = Ratio.of(times["DTensor"], times["ours"])
-    mark = _mark("DTensor / ours", ratio, "at least 1.8", ratio.median >= 1.8)
-    return Group(f"the rate alone of {m} × {d}, forward and backward", rows, [mark])
+    marks = [mark("DTensor / ours", ratio, "at least 1.8", ratio.median >= 1.8)]
+    return Group(f"the rate alone of {m} × {d}, forward and backward", rows, marks)
 
 
 def _on_one(mesh: Mesh, make: Callable[[], Candidate]) -> Candidate:
@@ -451,7 +476,7 @@ def _pipeline(config: StepBench, mesh: Mesh, width: int, m: int) -> Group:
     candidates = {
         name: Candidate(work, [x, *work.layer.parameters()]) for name, work in works.items()
     }
-    times, rows = _measure(config, mesh, candidates)
+    times, rows = measure(config, mesh, candidates)
     # Of a batch's slots, each the work of one piece: those in which a stage fills or drains.
     bubble = (stages.pp.size - 1) / (pieces + stages.pp.size - 1)
     for row, (name, work) in zip(rows, works.items(), strict=True):
@@ -462,10 +487,10 @@ def _pipeline(config: StepBench, mesh: Mesh, width: int, m: int) -> Group:
         row["note"] = f"stages busy {busy}; idle slots by count {row['idle_slots']:.0%}"
     ratio, least = Ratio.of(times[back_propagated], times["ours"]), min(rows[0]["busy"])
     marks = [
-        _mark(f"{back_propagated} / ours", ratio, "at least 1.15", ratio.median >= 1.15),
-        _mark("our least busy stage", round(least, 4), "at least 0.95", least >= 0.95),
+        mark(f"{back_propagated} / ours", ratio, "at least 1.15", ratio.median >= 1.15),
+        mark("our least busy stage", round(least, 4), "at least 0.95", least >= 0.95),
     ]
-    what = f"pipeline {_arrows([width] * (stages.pp.size + 1))}, batch {m} in {pieces} pieces"
+    what = f"pipeline {arrows([width] * (stages.pp.size + 1))}, batch {m} in {pieces} pieces"
     return Group(what, rows, marks)
 
 
@@ -496,7 +521,7 @@ def _on_cores(speed: Ratio, num_processes: int) -> str:
     )
 
 
-def _measure(
+def measure(
     config: StepBench, mesh: Mesh, candidates: dict[str, Candidate]
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
     """Seconds of every candidate round by round, and a row each."""
@@ -535,12 +560,12 @@ def _synchroniser(mesh: Mesh) -> Work:
 
 def _silent_mark(times: dict[str, list[float]]) -> dict[str, Any]:
     ratio = Ratio.of(times["ours"], times["silent"])
-    return _mark("ours / silent", ratio, "at most 1.15", ratio.median <= 1.15)
+    return mark("ours / silent", ratio, "at most 1.15", ratio.median <= 1.15)
 
 
-def _mark(mark: str, value: Ratio | float, bound: str, met: bool) -> dict[str, Any]:
-    return {"mark": mark, "is": value, "bound": bound, "met": met}
+def mark(name: str, value: Ratio | float, bound: str, met: bool) -> dict[str, Any]:
+    return {"mark": name, "is": value, "bound": bound, "met": met}
 
 
-def _arrows(widths: list[int]) -> str:
+def arrows(widths: list[int]) -> str:
     return "→".join(map(str, widths))

@@ -179,13 +179,15 @@ SMALL = {
     "batches": [6],
     "rates": [[6, 16]],
     "pipelines": [[8, 8]],
+    "layers": [[12, 8]],
+    "layer_batch": 6,
     "calibration": 64,
     "pairs": 3,
 }
 
 
-def _bench(root, changes):
-    config = StepBench(parallel=ParallelConfig(tp=2), **(SMALL | changes))
+def _bench(root, changes, tp=2):
+    config = StepBench(parallel=ParallelConfig(tp=tp), **(SMALL | changes))
     config.run.root = root
     config.validate()
     printed = io.StringIO()
@@ -213,25 +215,37 @@ def test_it_prints_tables_and_leaves_its_rows(tmp_path):
     network = ["ours", "DTensor", "FairScale", "DeepSpeed", "silent", "one process"]
     alone = ["ours", "DTensor", "silent", "one process"]
     stages = ["ours", "ours, no input gradient", "all forward, all backward"]
-    assert list(names.values()) == [network] * 4 + [alone, stages]
+    parts = ["ours", "products alone", "objective alone", "update alone"]
+    assert list(names.values()) == [network] * 4 + [alone, stages, parts]
     assert list(names) == [
         *(f"{n}, {loss} loss, batch 6" for n in ("12→8→4", "12→8") for loss in ("plain", "rate")),
         "the rate alone of 6 × 16, forward and backward",
         "pipeline 8→8→8, batch 8 in 4 pieces",
+        "layer 12→8 in bfloat16, objective included, batch 6",
     ]
-    assert [row["idle_slots"] for row in result["rows"][-3:]] == [0, 0, 0.2]
-    assert all(len(row["busy"]) == 2 for row in result["rows"][-3:])
+    assert [row["idle_slots"] for row in result["rows"][-7:-4]] == [0, 0, 0.2]
+    assert all(len(row["busy"]) == 2 for row in result["rows"][-7:-4])
     assert sorted({mark["mark"].split(" /")[0] for mark in result["marks"]}) == [
         "DTensor",
         "all forward, all backward",
         "our least busy stage",
         "ours",
+        "utilisation: products alone",
     ]
+
+
+def test_one_process_measures_whole_layers_alone(tmp_path):
+    (printed,) = on_ranks(1, _bench, str(tmp_path), {}, 1)
+    assert printed.startswith("\nlayer 12→8 in bfloat16")
+    ours, products, *_ = json.loads((tmp_path / "bench-step/result.json").read_text())["rows"]
+    for row in (ours, products):  # forward and the weights' gradient
+        assert row["tflops"] == pytest.approx(4 * 6 * 12 * 8 / row["seconds"] / 1e12, rel=1e-3)
 
 
 def test_what_a_process_keeps_is_in_its_peak(tmp_path):
     """One process holds all weights and their gradients, two hold half of them."""
-    changes = {"networks": [[256, 512]], "losses": ["plain"], "rates": [], "pipelines": []}
+    changes = {"networks": [[256, 512]], "losses": ["plain"]}
+    changes |= {key: [] for key in ("rates", "pipelines", "layers")}
     on_ranks(2, _bench, str(tmp_path), changes)
     rows = json.loads((tmp_path / "bench-step/result.json").read_text())["rows"]
     peak = {row["candidate"]: row["peak_bytes"] for row in rows}
@@ -282,6 +296,7 @@ def test_a_package_that_cannot_be_had_is_a_row_without_figures():
         ({"pipelines": [[8, 8]], "microbatches": 1}, "at least as many of these as processes, 2"),
         ({"losses": ["plane"]}, "'plane'"),
         ({"batches": [0]}, r"batches=\[0\]"),
+        ({"layers": [[8]]}, r"layers holds \[8\]"),
         ({"threads": 0}, "threads=0"),
         ({"pairs": 1}, "pairs=1; use 3 or more"),
     ],
