@@ -22,7 +22,7 @@ from dense2conv.data.source import ImageSource, PermutedPixels
 from dense2conv.data.tar_shards import open_tar_shards
 from dense2conv.data.whitening import FourierWhitened, Whitened, moments, power_spectrum
 from dense2conv.rng import NOISE, normal_rows
-from dense2conv.shapes import SINGLE, Axis, InputError
+from dense2conv.shapes import SINGLE, WHOLE, Axis, InputError
 
 
 def open_source(
@@ -51,11 +51,19 @@ def open_source(
     return PermutedPixels(source) if config.permute_pixels else source
 
 
-def add_input_noise(x: Tensor, std: float, seed: int, step: int, rows: range) -> Tensor:
-    """``x`` (len(rows), D) plus the step's own Gaussian noise; the same numbers on any mesh."""
+def add_input_noise(
+    x: Tensor, std: float, seed: int, step: int, rows: range, axis: Axis = WHOLE
+) -> Tensor:
+    """``x`` (len(rows), D) plus the step's own Gaussian noise; the same numbers on any mesh.
+
+    The processes along ``axis``, which have the same ``x``, draw a share of its rows each: on the
+    host a number takes longer than its journey.
+    """
     if std == 0:
         return x
-    return x + std * normal_rows((seed, NOISE, step), rows, x.shape[1]).to(x)
+    own = axis.shard(len(rows))
+    noise = normal_rows((seed, NOISE, step), rows[own.start : own.stop], x.shape[1])
+    return x + std * axis.gather(noise.to(x.device), len(rows)).to(x)
 
 
 def _images(config: DataConfig, seed: int, progress: bool, axis: Axis) -> ImageSource:

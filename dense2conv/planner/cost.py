@@ -76,8 +76,8 @@ def _traffic(share: Share, call: Collective) -> float:
 
 
 def _noise(share: Share) -> float:
-    """Every process of the first stage draws the noise of all its samples, on a core of the host."""
+    """The processes of a tp group share out the noise of their samples, each on a core of the host."""
     if not share.is_first or share.config.data.input_noise_std == 0:
         return 0.0
-    numbers = share.num_rows * share.config.data.shape.numel
+    numbers = math.ceil(share.num_rows / share.mesh.tp) * share.config.data.shape.numel
     return numbers / share.config.normals_per_core

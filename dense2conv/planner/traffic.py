@@ -56,6 +56,9 @@ def _forward(share: Share) -> list[Collective]:
     if share.is_first:
         image = share.config.data.shape.numel * share.pixel_bytes
         calls.append(_gather("pixels", "tp", mesh.tp, share.num_rows, image))
+        if share.config.data.input_noise_std > 0:
+            noise = share.config.data.shape.numel * 4
+            calls.append(_gather("input noise", "tp", mesh.tp, share.num_rows, noise))
     for layer in share.layers:
         name = layer_name(layer.index)
         calls += _rows(share, layer)

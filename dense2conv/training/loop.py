@@ -167,14 +167,14 @@ def next_batch(config: Config, mesh: Mesh, source: ImageSource, step: int, rows:
     """Own samples of the batch with their input noise: (m/dp, D), a pure function of (seed, step).
 
     The processes of a tp group need the same samples: each reads its share, and they exchange pixels
-    as they come from the file, a byte each.
+    as they come from the file, a byte each, and the noise that each has drawn for its share.
     """
     share = mesh.tp.shard(len(rows))
     own = rows[share.start : share.stop]
     pixels = source.read(step, config.train.batch, own).pixels.to(mesh.device)
     pixels = mesh.tp.gather(pixels, len(rows))  # (m/dp, D)
     x = source.standardise(pixels).to(config.train.torch_dtype)
-    return add_input_noise(x, config.data.input_noise_std, config.seed, step, rows)
+    return add_input_noise(x, config.data.input_noise_std, config.seed, step, rows, mesh.tp)
 
 
 @torch.no_grad()
