@@ -98,6 +98,10 @@ class Axis:
         """The processes' shards joined along ``dim``, which then has length ``total``."""
         return tensor
 
+    def scatter_sum(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Own shard along ``dim`` of the sum of the processes' tensors; not differentiable."""
+        return tensor
+
     def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """X Wᵀ + b of X (m, D), whose columns ``shard`` this process holds; ``weight`` is (d, D)."""
         return F.linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)

@@ -39,6 +39,18 @@ class GroupAxis(Axis):
         """
         return _Gather.apply(tensor, self, total, dim)
 
+    @torch.no_grad()
+    def scatter_sum(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        lengths = self.lengths(tensor.shape[dim])
+        if self.sends_pieces(tensor):
+            pieces = tensor.split(lengths, dim)
+            return _sum_of_pieces(self, lambda rank: pieces[rank].contiguous())()
+        # Shards are padded to one length: the backends' own calls know equal pieces only.
+        rows = _padded(tensor.movedim(dim, 0), self.size * lengths[0])
+        own = rows.new_empty(lengths[0], *rows.shape[1:])
+        _reduce_scatter(own, rows, group=self.group)
+        return own[: lengths[self.rank]].movedim(0, dim)
+
     def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As in ``Axis``; in 16 bits a sum over pieces would be rounded after each of them."""
         if self.sends_pieces(shard) and weight.dtype.itemsize > 2:
@@ -85,14 +97,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: GroupAxis, total: int, dim: int) -> Tensor:
-        ctx.axis, ctx.total, ctx.dim = axis, total, dim
+        ctx.axis, ctx.dim = axis, dim
         lengths = axis.lengths(total)
         assert tensor.shape[dim] == lengths[axis.rank], (tensor.shape, dim, total, lengths)
         if axis.sends_pieces(tensor):
             own = tensor.contiguous()
             pieces = {axis.rank: own} | dict(_pieces(axis, own, lengths, dim))
             return torch.cat([pieces[rank] for rank in range(axis.size)], dim)
-        # Shards are padded to one length: the backends' own calls know equal pieces only.
+        # As in ``scatter_sum``.
         rows = _padded(tensor.movedim(dim, 0), lengths[0])
         joined = rows.new_empty(axis.size * lengths[0], *rows.shape[1:])
         _all_gather(joined, rows, group=axis.group)
@@ -100,17 +112,9 @@ class _Gather(torch.autograd.Function):
         return joined[:total].movedim(0, dim).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        axis, (grad,) = ctx.axis, grads
-        lengths = axis.lengths(ctx.total)
-        if axis.sends_pieces(grad):
-            pieces = grad.split(lengths, ctx.dim)
-            summed = _sum_of_pieces(axis, lambda rank: pieces[rank].contiguous())
-            return summed(), None, None, None
-        rows = _padded(grad.movedim(ctx.dim, 0), axis.size * lengths[0])
-        own = rows.new_empty(lengths[0], *rows.shape[1:])
-        _reduce_scatter(own, rows, group=axis.group)
-        return own[: lengths[axis.rank]].movedim(0, ctx.dim), None, None, None
+        return ctx.axis.scatter_sum(grads[0], ctx.dim), None, None, None
 
 
 class _PiecewiseLinear(torch.autograd.Function):

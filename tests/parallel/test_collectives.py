@@ -33,6 +33,22 @@ def test_gather_joins_uneven_and_empty_shards(world_size, total, dim):
     assert on_ranks(world_size, _gather, total, dim) == [(True, True)] * world_size
 
 
+def _scatter_sum(total, dim, by_pieces):
+    with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        mesh.tp.sends_pieces = lambda tensor: by_pieces
+        whole = torch.arange(total * 3.0, dtype=torch.float64).view(total, 3).movedim(0, dim)
+        summed = mesh.tp.scatter_sum(whole * (mesh.tp.rank + 1), dim)
+        own, factor = mesh.tp.shard(total), sum(range(mesh.tp.size + 1))
+        return torch.equal(summed, factor * whole.narrow(dim, own.start, len(own)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("total", [1, 5, 8])
+@pytest.mark.parametrize(("dim", "by_pieces"), [(0, True), (1, False)])
+def test_every_process_has_its_shard_of_a_sum(world_size, total, dim, by_pieces):
+    assert all(on_ranks(world_size, _scatter_sum, total, dim, by_pieces))
+
+
 def _linear(total, dtype, with_bias, with_input_gradient):
     def draw(*shape, seed):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
