@@ -11,6 +11,7 @@ Axis legend, used in the shape comment of every tensor line:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -93,6 +94,10 @@ class Axis:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of the processes' tensors, the same on each; may overwrite its argument."""
         return tensor
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start ``sum``, to go on meanwhile; the result waits, and gives it."""
+        return lambda: tensor
 
     def gather(self, tensor: Tensor, total: int, dim: int = 0) -> Tensor:
         """The processes' shards joined along ``dim``, which then has length ``total``."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dense2conv.objectives.sums import joined, own, shared
-from dense2conv.shapes import Axis, Layout
+from dense2conv.shapes import WHOLE, Axis, Layout
 
-_PANEL = 128  # rows of a product that are made at once
+_PANEL = 128
 
 
 def small_gram(features: Tensor, layout: Layout, num_samples: int, num_features: int) -> Tensor:
@@ -41,8 +41,13 @@ def gram(rows: Tensor, rows_axis: Axis, inner_axis: Axis, num_rows: int) -> Tens
 def gram_of(rows: Tensor, whole: Tensor, rows_axis: Axis, inner_axis: Axis) -> Tensor:
     """``gram``'s value; ``whole`` (…, n, p) is ``rows`` gathered over ``rows_axis``."""
     if rows_axis.size == 1:
-        return inner_axis.sum(symmetric_product(rows))
-    part = inner_axis.sum(rows @ whole.mT)  # (…, n/axis, n)
+        return symmetric_product(rows, inner_axis)
+    if inner_axis.size == 1:
+        part = rows @ whole.mT  # (…, n/axis, n)
+    else:
+        blocks = (rows[..., r.start : r.stop, :] for r in panels(rows.shape[-2]))
+        sums = [inner_axis.begin_sum(block @ whole.mT) for block in blocks]
+        part = torch.cat([finish() for finish in sums], -2)
     return rows_axis.gather(part, whole.shape[-2], whole.ndim - 2)
 
 
@@ -64,19 +69,29 @@ class _Gram(torch.autograd.Function):
         return own(grad, ctx.rows_axis, dim) @ whole, None, None, None
 
 
-def symmetric_product(rows: Tensor) -> Tensor:
-    """AAᵀ (…, n, n) of A (…, n, p), the upper half copied from the lower.
+def symmetric_product(rows: Tensor, inner_axis: Axis = WHOLE) -> Tensor:
+    """AAᵀ (…, n, n) of A (…, n, p), summed over ``inner_axis``; the upper half copied from the lower.
 
     PyTorch has no symmetric rank-k product (BLAS' syrk). Panels of rows, each times the rows up to
-    its own, save up to half of the multiplications with plain matrix products, on any device.
+    its own, save up to half of the multiplications with plain matrix products, on any device, and
+    of the traffic: the sum of one is under way while the next is made.
     """
     n = rows.shape[-2]
-    if n <= 2 * _PANEL:
-        return rows @ rows.mT
+    places = panels(n)
+    products = (rows[..., r.start : r.stop, :] @ rows[..., : r.stop, :].mT for r in places)
+    sums = [inner_axis.begin_sum(product) for product in products]
+    if len(sums) == 1:
+        return sums[0]()
     out = rows.new_empty(*rows.shape[:-1], n)
-    for start in range(0, n, _PANEL):
-        stop = min(start + _PANEL, n)
-        panel = out[..., start:stop, :stop]
-        torch.matmul(rows[..., start:stop, :], rows[..., :stop, :].mT, out=panel)
-        out[..., :start, start:stop] = panel[..., :start].mT
+    for r, finish in zip(places, sums, strict=True):
+        panel = finish()  # (…, panel, r.stop)
+        out[..., r.start : r.stop, : r.stop] = panel
+        out[..., : r.start, r.start : r.stop] = panel[..., : r.start].mT
     return out
+
+
+def panels(num_rows: int) -> list[range]:
+    """The rows of a product that are made, and summed over processes, at once."""
+    if num_rows <= 2 * _PANEL:
+        return [range(num_rows)]
+    return [range(start, min(start + _PANEL, num_rows)) for start in range(0, num_rows, _PANEL)]

@@ -7,9 +7,12 @@ calls of the real code against it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from dense2conv.models.dense_stack import layer_name
+from dense2conv.objectives.gram import panels
+from dense2conv.parallel.collectives import row_chunks
 from dense2conv.planner.share import LayerShare, Rate, Share
 
 
@@ -66,10 +69,8 @@ def _forward(share: Share) -> list[Collective]:
             if layer == share.layers[0]:
                 below = rows * share.held(layer.num_inputs) * compute
                 calls += _neighbours(share, "receive", f"activations to {name}", below)
-            row = rows * compute
-            calls.append(
-                _gather(f"activations to {name}", "tp", mesh.tp, layer.num_inputs, row, pieces)
-            )
+            gathered = _gather(f"activations to {name}", "tp", mesh.tp, layer.num_inputs, compute)
+            calls += _in_chunks(gathered, rows, pieces)
         if layer.index == len(share.config.model.widths) - 1:
             continue
         if share.config.model.standardise:
@@ -117,25 +118,20 @@ def _objective(share: Share, layer: LayerShare) -> list[Collective]:
 
 
 def _gram(rate: Rate, number: int) -> list[Collective]:
-    """A Gram matrix of numbers of ``number`` bytes: gather, sum, and gather of the rows made here."""
-    m, d, dp, tp = rate.num_samples, rate.num_units, rate.dp, rate.tp
-    if rate.is_dual:
-        if dp == 1:
-            return [Collective(rate.purpose, "all_reduce", "tp", m * m * number)]
-        return [
-            _gather(rate.purpose, "dp", dp, m, rate.num_held * number),
-            Collective(rate.purpose, "all_reduce", "tp", rate.num_rows * m * number),
-            _gather(rate.purpose, "dp", dp, m, m * number),
-        ]
-    made = rate.num_held if tp > 1 else d
-    sums = [Collective(rate.purpose, "all_reduce", "dp", made * d * number)] if dp > 1 else []
-    if tp == 1:
-        return sums
-    return [
-        _gather(rate.purpose, "tp", tp, d, rate.num_rows * number),
-        *sums,
-        _gather(rate.purpose, "tp", tp, d, d * number),
-    ]
+    """A Gram matrix of numbers of ``number`` bytes: gather, sums, and gather of the rows made here."""
+    samples = "dp", rate.dp, rate.num_samples, rate.num_rows
+    units = "tp", rate.tp, rate.num_units, rate.num_held
+    rows, inner = (samples, units) if rate.is_dual else (units, samples)
+    (axis, size, n, made), (inner_axis, inner_size, _, held) = rows, inner
+    calls = []
+    if inner_size > 1:
+        for panel in panels(made):
+            # A process that has all rows makes the lower triangle alone.
+            numbers = len(panel) * (panel.stop if size == 1 else n)
+            calls.append(Collective(rate.purpose, "all_reduce", inner_axis, numbers * number))
+    if size > 1:
+        calls += [_gather(rate.purpose, axis, size, n, each * number) for each in (held, n)]
+    return calls
 
 
 def _gradients(share: Share) -> list[Collective]:
@@ -143,10 +139,10 @@ def _gradients(share: Share) -> list[Collective]:
     for layer in share.layers:
         name = layer_name(layer.index)
         if share.is_network and layer.index > 0:
-            row, pieces = share.num_microbatch_rows * compute, share.mesh.microbatches
             purpose = f"gradient to {name}'s inputs"
-            joined = _gather(purpose, "tp", mesh.tp, layer.num_inputs, row, pieces)
-            calls.append(replace(joined, kind="reduce_scatter"))
+            joined = _gather(purpose, "tp", mesh.tp, layer.num_inputs, compute)
+            scattered = replace(joined, kind="reduce_scatter")
+            calls += _in_chunks(scattered, share.num_microbatch_rows, mesh.microbatches)
         calls.append(_gradient(share, f"gradient of {name}", layer.num_held, layer.num_inputs))
         if share.config.model.bias:
             calls.append(_gradient(share, f"gradient of {name}'s bias", layer.num_held, 1))
@@ -174,9 +170,16 @@ def _neighbours(share: Share, kind: str, purpose: str, num_bytes: int) -> list[C
     return calls
 
 
-def _gather(
-    purpose: str, axis: str, size: int, total: int, row_bytes: int, count: int = 1
-) -> Collective:
+def _in_chunks(of_a_row: Collective, num_rows: int, count: int) -> list[Collective]:
+    """``count`` products of ``num_rows`` rows each, whose inputs travel in chunks of rows."""
+    chunks = Counter(row_chunks(num_rows))
+    return [
+        replace(of_a_row, num_bytes=length * of_a_row.num_bytes, count=count * number)
+        for length, number in chunks.items()
+    ]
+
+
+def _gather(purpose: str, axis: str, size: int, total: int, row_bytes: int) -> Collective:
     """Shards are padded to one length, so the joined tensor may be longer than ``total`` rows."""
     padded = math.ceil(total / size) * size
-    return Collective(purpose, "all_gather", axis, padded * row_bytes, count)
+    return Collective(purpose, "all_gather", axis, padded * row_bytes)

@@ -14,8 +14,9 @@ def _world():
     return int(os.environ["WORLD_SIZE"])
 
 
-def _gather(total, dim):
+def _gather(total, dim, by_pieces):
     with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        mesh.tp.sends_pieces = lambda tensor: by_pieces
         whole = torch.arange(total * 3.0, dtype=torch.float64).view(total, 3).movedim(0, dim)
         own = mesh.tp.shard(total)
         part = whole.narrow(dim, own.start, len(own)).clone().requires_grad_()
@@ -28,9 +29,9 @@ def _gather(total, dim):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("total", [1, 5, 8])
-@pytest.mark.parametrize("dim", [0, 1])
-def test_gather_joins_uneven_and_empty_shards(world_size, total, dim):
-    assert on_ranks(world_size, _gather, total, dim) == [(True, True)] * world_size
+@pytest.mark.parametrize(("dim", "by_pieces"), [(0, True), (0, False), (1, True), (1, False)])
+def test_gather_joins_uneven_and_empty_shards(world_size, total, dim, by_pieces):
+    assert on_ranks(world_size, _gather, total, dim, by_pieces) == [(True, True)] * world_size
 
 
 def _scatter_sum(total, dim, by_pieces):
