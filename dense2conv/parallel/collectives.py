@@ -206,8 +206,7 @@ class _Linear(torch.autograd.Function):
         lengths = row_chunks(len(shard))
         chunks = list(zip(*(t.split(lengths) for t in (shard, whole, output)), strict=True))
         begun = (axis.begin_gather(own, rows, 1) for own, rows, _ in chunks)
-        for arrive, (_, rows, out) in zip(_one_ahead(begun), chunks, strict=True):
-            arrive()
+        for _, (_, rows, out) in zip(_one_ahead(begun), chunks, strict=True):
             multiply(rows, weight.mT, out=out)
         ctx.axis, ctx.has_bias = axis, bias is not None
         # Without a gradient of its input a layer needs its weight no more.
@@ -225,15 +224,15 @@ class _Linear(torch.autograd.Function):
             lengths = row_chunks(len(grad))
             for rows, place in zip(grad.split(lengths), of_shard.split(lengths), strict=True):
                 following = ctx.axis.begin_scatter_sum(rows @ weight, place, 1)
-                for finish in leaving:
-                    finish()
-                leaving = [following]
+                while leaving:
+                    leaving.pop()()
+                leaving.append(following)
         if ctx.needs_input_grad[1]:
             of_weight = grad.mT @ whole
         if ctx.has_bias:
             of_bias = grad.sum(0)
-        for finish in leaving:
-            finish()
+        while leaving:
+            leaving.pop()()
         return of_shard, of_weight, of_bias, None
 
 
@@ -244,13 +243,17 @@ def row_chunks(num_rows: int) -> list[int]:
     return [min(length, num_rows - start) for start in range(0, num_rows, length)] or [0]
 
 
-def _one_ahead(begun: Iterable[Callable[[], None]]) -> Iterator[Callable[[], None]]:
-    """Each of what an iterator begins, once the next has begun too."""
-    waiting: list[Callable[[], None]] = []
+def _one_ahead(begun: Iterable[Callable[[], None]]) -> Iterator[None]:
+    """Wait for each of what an iterator begins, once the next has begun too."""
+    under_way: list[Callable[[], None]] = []
     for following in begun:
-        yield from waiting
-        waiting = [following]
-    yield from waiting
+        while under_way:
+            under_way.pop()()
+            yield
+        under_way.append(following)
+    while under_way:
+        under_way.pop()()
+        yield
 
 
 def _resized(tensor: Tensor, dim: int, length: int) -> list[int]:

@@ -1,12 +1,18 @@
 """The axis over a process group is the axis on one process, value and gradient."""
 
 import os
+import time
+from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dense2conv.objectives import gaussian_information
-from dense2conv.parallel import ParallelConfig, open_mesh
+from dense2conv.bench.timing import peak_bytes
+from dense2conv.objectives import gaussian_information, gram
+from dense2conv.objectives.gram import symmetric_product
+from dense2conv.parallel import ParallelConfig, collectives, open_mesh
+from dense2conv.shapes import Axis
 from tests.ranks import on_ranks
 
 
@@ -14,92 +20,225 @@ def _world():
     return int(os.environ["WORLD_SIZE"])
 
 
-def _gather(total, dim, by_pieces):
+def _shards():
+    """What is wrong with gathered and scattered shards, over all cases."""
+    wrong = []
     with open_mesh(ParallelConfig(tp=_world())) as mesh:
-        mesh.tp.sends_pieces = lambda tensor: by_pieces
-        whole = torch.arange(total * 3.0, dtype=torch.float64).view(total, 3).movedim(0, dim)
-        own = mesh.tp.shard(total)
-        part = whole.narrow(dim, own.start, len(own)).clone().requires_grad_()
-        joined = mesh.tp.gather(part, total, dim)
-        # Each rank uses the whole with its own factor: gradients of the copies add up.
-        (joined * (mesh.tp.rank + 1)).square().sum().backward()
-        factor = sum((r + 1) ** 2 for r in range(mesh.tp.size))
-        return torch.equal(joined, whole), torch.allclose(part.grad, 2 * factor * part)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("total", [1, 5, 8])
-@pytest.mark.parametrize(("dim", "by_pieces"), [(0, True), (0, False), (1, True), (1, False)])
-def test_gather_joins_uneven_and_empty_shards(world_size, total, dim, by_pieces):
-    assert on_ranks(world_size, _gather, total, dim, by_pieces) == [(True, True)] * world_size
-
-
-def _scatter_sum(total, dim, by_pieces):
-    with open_mesh(ParallelConfig(tp=_world())) as mesh:
-        mesh.tp.sends_pieces = lambda tensor: by_pieces
-        whole = torch.arange(total * 3.0, dtype=torch.float64).view(total, 3).movedim(0, dim)
-        summed = mesh.tp.scatter_sum(whole * (mesh.tp.rank + 1), dim)
-        own, factor = mesh.tp.shard(total), sum(range(mesh.tp.size + 1))
-        return torch.equal(summed, factor * whole.narrow(dim, own.start, len(own)))
+        axis = mesh.tp
+        factor = sum(range(axis.size + 1))
+        for total, dim, by_pieces in product([1, 5, 8], [0, 1], [True, False]):
+            axis.sends_pieces = lambda tensor, answer=by_pieces: answer
+            whole = torch.arange(total * 3.0, dtype=torch.float64).view(total, 3).movedim(0, dim)
+            own = axis.shard(total)
+            part = whole.narrow(dim, own.start, len(own)).clone().requires_grad_()
+            joined = axis.gather(part, total, dim)
+            # Each rank uses the whole with its own factor: gradients of the copies add up.
+            (joined * (axis.rank + 1)).sum().backward()
+            summed = axis.scatter_sum(whole * (axis.rank + 1), dim)
+            pairs = (
+                (joined, whole),
+                (part.grad, torch.full_like(part, factor)),
+                (summed, factor * part),
+            )
+            if not all(torch.equal(found, right) for found, right in pairs):
+                wrong.append((total, dim, by_pieces))
+    return wrong
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("total", [1, 5, 8])
-@pytest.mark.parametrize(("dim", "by_pieces"), [(0, True), (1, False)])
-def test_every_process_has_its_shard_of_a_sum(world_size, total, dim, by_pieces):
-    assert all(on_ranks(world_size, _scatter_sum, total, dim, by_pieces))
+def test_shards_uneven_and_empty_are_joined_and_summed(world_size):
+    assert on_ranks(world_size, _shards) == [[]] * world_size
 
 
-def _linear(total, dtype, with_bias, with_input_gradient):
-    def draw(*shape, seed):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
+def _sum_in_16_bits():
     with open_mesh(ParallelConfig(tp=_world())) as mesh:
-        x, bias = draw(6, total, seed=0), draw(3, seed=1) if with_bias else None
-        weights = [draw(3, total, seed=2 + rank) for rank in range(mesh.tp.size)]
-        own = mesh.tp.shard(total)
-        shard = x[:, own.start : own.stop].clone().requires_grad_(with_input_gradient)
-        held = [t.clone().requires_grad_() for t in (weights[mesh.tp.rank], bias) if t is not None]
-        output = mesh.tp.linear(shard, *held)
-        output.square().sum().backward()
-        # On one process: every rank's units on the whole input.
-        whole = x.double().requires_grad_()
-        slow = [t.detach().double().requires_grad_() for t in held]
-        outputs = [whole @ weight.double().mT for weight in weights]
-        outputs[mesh.tp.rank] = whole @ slow[0].mT
-        shift = slow[1] if with_bias else 0
-        sum((z + shift).square().sum() for z in outputs).backward()
-        pairs = [(output, outputs[mesh.tp.rank] + shift), (held[0].grad, slow[0].grad)]
-        if with_bias:  # every rank has a copy of its own here
-            mine = (outputs[mesh.tp.rank] + shift).detach().mul(2).sum(0)
-            pairs.append((held[1].grad, mine))
-        if with_input_gradient:
-            pairs.append((shard.grad, whole.grad[:, own.start : own.stop]))
-        assert (shard.grad is not None) == with_input_gradient
-        return [float((a.double() - b).norm() / (1 + b.norm())) for a, b in pairs]
+        own = 256.0 if mesh.tp.rank == 0 else 1.0
+        return mesh.tp.scatter_sum(torch.full((4,), own, dtype=torch.bfloat16)).tolist()
+
+
+def test_a_sum_of_pieces_in_16_bits_is_rounded_once():
+    # Of 256 + 1 + 1 + 1; 257 would be rounded to 256 again and again.
+    assert on_ranks(4, _sum_in_16_bits) == [[260.0]] * 4
+
+
+PRODUCTS = [  # rows, inputs, precision, bias, and whether the inputs' gradient is asked for
+    (6, 8, torch.float64, True, True),
+    (7, 5, torch.float64, False, True),  # on four ranks the last one holds nothing
+    (1, 1, torch.float64, True, True),
+    (7, 9, torch.float64, False, False),
+    (40, 8, torch.float32, False, True),
+    (0, 8, torch.float32, True, True),
+    (7, 8, torch.bfloat16, True, True),
+]
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+def _draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _product_errors(axis, m, total, dtype, with_bias, with_input_gradient):
+    """Of a product with spread columns and of its gradients, against one process in fp64."""
+    x, bias = _draw(m, total, seed=0).to(dtype), _draw(3, seed=1).to(dtype) if with_bias else None
+    weights = [_draw(3, total, seed=2 + rank).to(dtype) for rank in range(axis.size)]
+    own = axis.shard(total)
+    shard = x[:, own.start : own.stop].clone().requires_grad_(with_input_gradient)
+    held = [t.clone().requires_grad_() for t in (weights[axis.rank], bias) if t is not None]
+    output = axis.linear(shard, *held)
+    output.square().sum().backward()
+    # On one process: every rank's units on the whole input.
+    whole = x.double().requires_grad_()
+    slow = [t.detach().double().requires_grad_() for t in held]
+    outputs = [whole @ weight.double().mT for weight in weights]
+    outputs[axis.rank] = whole @ slow[0].mT
+    shift = slow[1] if with_bias else 0
+    sum((z + shift).square().sum() for z in outputs).backward()
+    pairs = [(output, outputs[axis.rank] + shift), (held[0].grad, slow[0].grad)]
+    if with_bias:  # every rank has a copy of its own here
+        pairs.append((held[1].grad, (outputs[axis.rank] + shift).detach().mul(2).sum(0)))
+    if with_input_gradient:
+        pairs.append((shard.grad, whole.grad[:, own.start : own.stop]))
+    assert (shard.grad is not None) == with_input_gradient
+    return [float((a.double() - b).norm() / (1 + b.norm())) for a, b in pairs]
+
+
+def _products():
+    """The largest error of every product whose tolerance it exceeds."""
+    collectives._MIN_CHUNK_ROWS = 2  # seven rows: three, three and one
+    wrong = {}
+    with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        for case, by_pieces in product(PRODUCTS, [True, False]):
+            mesh.tp.sends_pieces = lambda tensor, answer=by_pieces: answer
+            error = max(_product_errors(mesh.tp, *case))
+            if not error < TOLERANCE[case[2]]:
+                wrong[case, by_pieces] = error
+    return wrong
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("total", "dtype", "with_bias", "with_input_gradient"),
-    [
-        (8, torch.float64, True, True),
-        (5, torch.float64, False, True),  # on four ranks the last one holds nothing
-        (1, torch.float64, True, True),
-        (9, torch.float64, False, False),
-        (8, torch.float32, False, True),
-        (8, torch.bfloat16, True, True),
-    ],
-)
-def test_a_product_with_spread_columns_is_that_with_the_whole(
-    world_size, total, dtype, with_bias, with_input_gradient
-):
-    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
-    for errors in on_ranks(world_size, _linear, total, dtype, with_bias, with_input_gradient):
-        assert max(errors) < tolerance
+def test_a_product_with_spread_columns_is_that_with_the_whole(world_size):
+    assert on_ranks(world_size, _products) == [{}] * world_size
+
+
+def _late(by_pieces):
+    """Whether a product and its gradients are the same bits when a rank comes late to each chunk."""
+    collectives._MIN_CHUNK_ROWS = 2
+    found = []
+    with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        axis = mesh.tp
+        axis.sends_pieces = lambda tensor: by_pieces
+        begin_gather, begin_scatter_sum = axis.begin_gather, axis.begin_scatter_sum
+        for late in (None, 0, 1):
+
+            def delayed(begin, late=late):
+                def begin_late(*arguments):
+                    if axis.rank == late:
+                        time.sleep(0.02)
+                    return begin(*arguments)
+
+                return begin_late
+
+            axis.begin_gather = delayed(begin_gather)
+            axis.begin_scatter_sum = delayed(begin_scatter_sum)
+            shard = _draw(7, 3, seed=axis.rank).requires_grad_()
+            weight = _draw(4, 3 * axis.size, seed=9 + axis.rank).requires_grad_()
+            output = axis.linear(shard, weight)
+            output.square().sum().backward()
+            found.append(torch.cat([t.flatten() for t in (output, shard.grad, weight.grad)]))
+    return all(torch.equal(found[0], each) for each in found)
+
+
+@pytest.mark.parametrize("by_pieces", [True, False])
+def test_the_result_does_not_depend_on_who_is_late(by_pieces):
+    assert all(on_ranks(4, _late, by_pieces))
+
+
+class _Products(TorchDispatchMode):
+    """Notes every matrix product in ``log``."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.log.append("product")
+        return function(*args, **(kwargs or {}))
+
+
+def _noted(begin, log):
+    """``begin``, noting when it is called, and when its result is."""
+
+    def noted(*arguments):
+        log.append("begin")
+        finish = begin(*arguments)
+
+        def noted_finish():
+            log.append("wait")
+            return finish()
+
+        return noted_finish
+
+    return noted
+
+
+def _order():
+    collectives._MIN_CHUNK_ROWS = 2
+    forward, backward = [], []
+    with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        axis = mesh.tp
+        axis.begin_gather = _noted(axis.begin_gather, forward)
+        axis.begin_scatter_sum = _noted(axis.begin_scatter_sum, backward)
+        shard, weight = _draw(7, 3, seed=0), _draw(4, 6, seed=1)
+        with _Products(forward):
+            output = axis.linear(shard.requires_grad_(), weight.requires_grad_())
+        with _Products(backward):
+            output.sum().backward()
+    return forward, backward
+
+
+def test_chunks_travel_while_others_are_multiplied():
+    for forward, backward in on_ranks(2, _order):
+        assert forward == "begin begin wait product begin wait product wait product".split()
+        # The last product, while the last chunk's sum is under way, makes the weights' gradient.
+        assert backward == (
+            "product begin product begin wait product begin wait product wait".split()
+        )
+
+
+def _peak():
+    with open_mesh(ParallelConfig(tp=_world())) as mesh:
+        axis = mesh.tp
+        shard = _draw(2048, 256, seed=0).requires_grad_()
+        weight = _draw(32, 512, seed=1).requires_grad_()
+
+        def work():
+            torch.autograd.grad(axis.linear(shard, weight).sum(), (shard, weight))
+
+        work()
+        return peak_bytes(work, mesh.device) / shard.nbytes
+
+
+def test_a_product_holds_its_input_its_gradient_and_little_that_travels():
+    # Of the shard's size: the input 2, its gradient 1, two of eight chunks less than 1.2.
+    assert max(on_ranks(2, _peak)) < 4.2
+
+
+def _panel_order():
+    log = []
+    axis = Axis()
+    axis.begin_sum = _noted(axis.begin_sum, log)
+    with _Products(log):
+        symmetric_product(torch.randn(300, 5), axis)
+    return log
+
+
+def test_panels_of_a_gram_matrix_travel_while_others_are_multiplied():
+    assert _panel_order() == "product begin product begin product begin wait wait wait".split()
 
 
 def _rate(sizes, shape):
+    gram._PANEL = 2  # sides above four go by panels
     dp, tp = sizes
     m, d = shape
     z = torch.randn(m, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
