@@ -35,6 +35,12 @@ class ObjectiveConfig:
     )
     power: float = field(default=1.0, metadata={"help": "μ, the price of a unit's mean power"})
     l1: float = field(default=0.03, metadata={"help": "λ, the price of the weights' magnitudes"})
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "steer each layer's λ, from l1 on, until this share of its weights is 0; null: do not"
+        },
+    )
     on: str = field(
         default="pre",
         metadata={
@@ -70,6 +76,17 @@ class ObjectiveConfig:
         for name in ("power", "l1"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"objective.{name}={getattr(self, name)}; use 0 or more")
+        if self.sparsity is not None:
+            if not 0 < self.sparsity < 1:
+                raise InputError(
+                    f"objective.sparsity={self.sparsity} is no share of weights that can be 0; use a "
+                    "number between 0 and 1, such as 0.95, or null for a λ that stays"
+                )
+            if self.l1 == 0:
+                raise InputError(
+                    f"objective.l1=0 with objective.sparsity={self.sparsity}: λ is steered by factors; "
+                    "start from a positive objective.l1"
+                )
         for name, allowed in (
             ("on", ("pre", "post")),
             ("scope", ("layerwise", "network")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from dense2conv.data import ImageSource, add_input_noise
 from dense2conv.models import DenseLayer
 from dense2conv.models.dense_stack import layer_name
-from dense2conv.objectives import EfficientCoding
+from dense2conv.objectives import EfficientCoding, ObjectiveConfig
 from dense2conv.parallel import Mesh
 from dense2conv.parallel.mesh import flat_mesh
 from dense2conv.shapes import Axis, Layout
@@ -25,6 +26,7 @@ from dense2conv.structure import (
     extract_layer,
     save,
 )
+from dense2conv.training.checkpoint import extra_of, latest
 from dense2conv.training.config import Config
 from dense2conv.training.prune import load_newest
 from dense2conv.training.run_folder import RunFolder
@@ -57,7 +59,8 @@ def extract(config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource) 
     """
     flat = flat_mesh(mesh)
     dense = load_newest(config, flat, folder, len(source.geometry))
-    judge = _Judge(config, EfficientCoding(config.objective, dense.activation), flat)
+    newest = latest(folder.checkpoints)
+    steered = extra_of(newest).get("lambda", {}) if newest else {}
 
     geometry = source.geometry
     train = source.training_sample(config.extract.samples).to(flat.device, dense.dtype)  # (m, D)
@@ -68,11 +71,13 @@ def extract(config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource) 
     fields: dict[str, Any] = {}
     for i in dense.indices:
         name, layer = layer_name(i), dense.layer(i)
+        objective = replace(config.objective, l1=steered.get(name, config.objective.l1))
+        judge = _Judge(objective, EfficientCoding(objective, dense.activation), flat)
         found = extract_layer(
             layer.weight, layer.bias, layer.num_units, geometry, train, config.extract, flat.tp
         )
         conv, tuned_conv = found.layer, copy.deepcopy(found.layer)
-        figures = {"name": name, **_describe(layer, found, flat.tp)}
+        figures = {"name": name, "lambda": objective.l1, **_describe(layer, found, flat.tp)}
         log.info(
             "extract %s: %d units, %d kernels of side %d, %s padding, %.0f %% left over; tuning %d steps",
             *(name, layer.num_units, len(found.lattices), conv.side, found.padding),
@@ -82,7 +87,7 @@ def extract(config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource) 
             tune(
                 tuned_conv,
                 judge.objective,
-                config.objective.l1,
+                objective.l1,
                 config.tune,
                 _tuning_inputs(config, source, tuned, flat, train),
                 config.train.batch,
@@ -196,16 +201,16 @@ def _describe(layer: DenseLayer, found: LayerExtraction, axis: Axis) -> dict[str
 class _Judge:
     """Held-out figures of a layer, dense or extracted, each process with the units it holds."""
 
-    def __init__(self, config: Config, objective: EfficientCoding, mesh: Mesh) -> None:
+    def __init__(self, config: ObjectiveConfig, objective: EfficientCoding, mesh: Mesh) -> None:
         self.config, self.objective, self.axis = config, objective, mesh.tp
         self.layout = Layout(features=mesh.tp)
-        self.l1 = config.objective.l1
+        self.l1 = config.l1
 
     def dense(self, layer: DenseLayer, train: Tensor, test: Tensor) -> dict[str, Any]:
         """The dense layer, and the controls beside it."""
         norm = float(self.axis.sum(layer.weight.abs().sum(dtype=torch.float64)))
         value = held_out(self.objective, layer(test), norm, self.l1, layer.num_units, self.layout)
-        control = controls(self.config.objective, train, test, layer.num_units)
+        control = controls(self.config, train, test, layer.num_units)
         figures = self._named("dense", value) | {"whitening_gain": whitening_gain(value, control)}
         for name in ("identity", "zca"):
             figures |= self._named(name, getattr(control, name) if control else None)

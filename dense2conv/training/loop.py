@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,6 +26,7 @@ from dense2conv.training.measures import (
     field_metrics,
     layer_flops,
     layer_metrics,
+    layer_prefix,
     shares_of_the_step,
 )
 from dense2conv.training.metrics import MetricsLog, Sink
@@ -32,6 +34,7 @@ from dense2conv.training.optim import learning_rate, make_optimizer
 from dense2conv.training.profiling import profiler
 from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.signals import Stopped, StopRequest
+from dense2conv.training.strengths import Strengths
 
 _SNAPSHOTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0)  # shares of the run at which fields are kept
 _MAX_SNAPSHOT = 4_000_000  # numbers in one snapshot
@@ -61,6 +64,7 @@ def train(
     images = mesh.broadcast_object(source.fingerprint() if mesh.is_main else None)
     refuse_changed_images(checkpoints.extra.get("images"), images, config.data.accept)
     checkpoints.extra["images"] = images
+    strengths = Strengths(config.objective, stack, optimizer, checkpoints.extra.get("lambda"))
     engine = make_engine(
         config.engine,
         config.deepspeed,
@@ -99,11 +103,14 @@ def train(
             done = step + 1
             values: dict[str, Tensor | Value] = {"lr": lr}
             with engine.whole():
-                values |= layer_metrics(stack, terms, config.objective.l1)
+                measured = layer_metrics(stack, terms, strengths)
+                values |= measured
                 if done % config.log.radius_every == 0 or done == steps:
                     values |= field_metrics(stack, source)
                 if done in snapshots:
                     values |= save_fields(config, mesh, folder, stack, f"step{done:08d}")
+            zeros = {i: measured[f"{layer_prefix(i)}sparsity"] for i in strengths}
+            strengths.steer(zeros, done / steps)
             values |= shares_of_the_step(mesh, engine, read - began, time.monotonic() - began)
             metrics.record(done, values)
             if tracing is not None:
@@ -114,6 +121,8 @@ def train(
                 metrics.flush()
             if at_checkpoint:
                 engine.drain()
+                stages = mesh.join_stages(strengths.state()) or []
+                checkpoints.extra["lambda"] = dict(ChainMap(*stages))
                 with engine.whole(with_optimizer=True):
                     checkpoints.save(done, stack, optimizer, values)
             if stopping:

@@ -47,8 +47,12 @@ class Fields(NamedTuple):
 Value = float | Histogram | Fields
 
 
-def layer_metrics(stack: DenseStack, terms: Mapping[str, Terms], l1: float) -> dict[str, Tensor]:
+def layer_metrics(
+    stack: DenseStack, terms: Mapping[str, Terms], l1: Mapping[int, float | Tensor]
+) -> dict[str, Tensor]:
     """Device scalars of the held layers, exact over all processes that hold rows of them.
+
+    ``l1`` is each layer's λ; it is told where it is a tensor, since then it moves.
 
     Keys of layers after the first start with ``layer2/`` and so on; in the network scope the top
     layer's rate, power and objective are the run's and stand under their plain names too.
@@ -64,7 +68,10 @@ def layer_metrics(stack: DenseStack, terms: Mapping[str, Terms], l1: float) -> d
         prefix = layer_prefix(i)
         values[f"{prefix}sparsity"] = 1 - counts[0] / (d * weight.shape[1])
         values[f"{prefix}dead"] = counts[1] / d
-        values[f"{prefix}l1"] = l1 * counts[2] / d
+        strength = l1[i]
+        if isinstance(strength, Tensor):
+            values[f"{prefix}lambda"] = strength.clone()
+        values[f"{prefix}l1"] = strength * counts[2] / d
         if layer_name(i) in terms:
             rate, power = terms[layer_name(i)]
             values[f"{prefix}rate"], values[f"{prefix}power"] = rate, power

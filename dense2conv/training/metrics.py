@@ -48,6 +48,9 @@ METRICS = {
     "rate": Metric("nats a unit", "coding rate R of the batch: information about the image"),
     "power": Metric("nats a unit", "(μ/2) E‖z‖², the price of the units' power"),
     "l1": Metric("nats a unit", "λ‖W‖₁, the price of the weights' magnitudes"),
+    "lambda": Metric(
+        "nats", "λ, price of a weight's magnitude, where objective.sparsity steers it"
+    ),
     "sparsity": Metric("share", "weights that are exactly 0"),
     "dead": Metric("share", "units without a weight that is not 0"),
     "radius": Metric("pixels", "median radius of the first layer's receptive fields"),
@@ -261,7 +264,8 @@ class MetricsLog:
         if worst > self._dead_alarm:
             text = (
                 f"{worst:.0%} of the units of a layer are dead at step {step}, more than log.dead_alarm="
-                f"{self._dead_alarm:g}; lower objective.l1 (or optimizer.lr) if that is not what you want"
+                f"{self._dead_alarm:g}; lower objective.l1, objective.sparsity or optimizer.lr if that is "
+                "not what you want"
             )
             self._dead_alarm = 1.0  # once is enough
             self._progress.say(f"warning: {text}")

@@ -61,13 +61,14 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 def make_optimizer(
     config: OptimizerConfig, module: nn.Module, l1: float, compiled: bool = False
 ) -> Optimizer:
-    """The optimizer of ``config``; matrices pay λ = ``l1`` a unit of magnitude, biases nothing."""
+    """The optimizer of ``config``; matrices pay λ = ``l1`` a unit of magnitude, biases nothing.
+
+    Each matrix is a group of its own, whose ``l1`` may be changed, or be a scalar on the device.
+    """
     parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim == 2], "l1": l1},
-        {"params": [p for p in parameters if p.ndim != 2], "l1": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": [p], "l1": l1} for p in parameters if p.ndim == 2]
+    rest = [p for p in parameters if p.ndim != 2]
+    groups += [{"params": rest, "l1": 0.0}] if rest else []
     if config.name == "prox_adam":
         return ProxAdam(groups, lr=config.lr, compiled=compiled, **config.options)
     optimizer: Optimizer = getattr(torch.optim, config.name)(groups, lr=config.lr, **config.options)
@@ -129,7 +130,7 @@ class ProxAdam(Optimizer):
                 metric.lerp_(square.view_as(metric) / p.shape[1:].numel(), 1 - beta2)
                 root = (metric / (1 - beta2**step)).sqrt_().add_(group["eps"])
                 step_size = group["lr"] / root  # (d, 1): one a row
-                threshold = step_size * group["l1"] if group["l1"] else None
+                threshold = step_size * group["l1"] if _pays(group) else None
                 self._descend(p, momentum, step_size / (1 - beta1**step), threshold)
         return loss
 
@@ -152,8 +153,13 @@ def _proximal_step(optimizer: Optimizer, *_: Any) -> None:
     """Behind a torch optimizer's step: the proximal map in the Euclidean metric."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if group["l1"] and p.grad is not None:
+            if _pays(group) and p.grad is not None:
                 soft_threshold(p, group["lr"] * group["l1"])
+
+
+def _pays(group: dict[str, Any]) -> bool:
+    """Whether a group has a λ at all; that of a steered one stays on its device."""
+    return isinstance(group["l1"], Tensor) or bool(group["l1"])
 
 
 def _is_optimizer(name: str) -> bool:

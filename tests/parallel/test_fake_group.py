@@ -40,6 +40,7 @@ def _step_and_prune(rank, changes):
     from dense2conv.training.measures import layer_metrics
     from dense2conv.training.optim import make_optimizer
     from dense2conv.training.prune import mask_smallest
+    from dense2conv.training.strengths import Strengths
 
     config = plan_config(LAYER | changes)
     began, before = time.monotonic(), _peak_bytes()
@@ -55,7 +56,7 @@ def _step_and_prune(rank, changes):
             x = next_batch(config, mesh, source, 0, range(config.train.batch))
             terms = engine.forward_backward(x)
             engine.step(config.optimizer.lr)
-            layer_metrics(stack, terms, config.objective.l1)
+            layer_metrics(stack, terms, Strengths(config.objective, stack, optimizer))
             step = Counter(group.calls)
             mask_smallest(config.prune, [stack.layer(0)], mesh.tp)
             engine.apply_masks()

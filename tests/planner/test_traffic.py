@@ -55,6 +55,7 @@ def _real_calls(sizes, rank, changes) -> Calls:
     from dense2conv.training.loop import build_stack, next_batch
     from dense2conv.training.measures import layer_metrics
     from dense2conv.training.optim import make_optimizer
+    from dense2conv.training.strengths import Strengths
 
     config = _config(sizes, changes)
     source = open_source(config.data, config.seed)
@@ -83,7 +84,7 @@ def _real_calls(sizes, rank, changes) -> Calls:
             terms = engine.forward_backward(x)
             # A stage without an objective of its own has no terms.
             terms = terms or {"layer1": Terms(torch.zeros(()), torch.zeros(()))}
-            layer_metrics(stack, terms, config.objective.l1)
+            layer_metrics(stack, terms, Strengths(config.objective, stack, optimizer))
         return group.calls
 
 
