@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from dense2conv.data.source import Images, ImageSource, WrappedSource
+from dense2conv.shapes import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,24 +32,40 @@ def in_order(
 class Prefetched(WrappedSource):
     """A source whose next ``depth`` training batches are read while one is computed with.
 
-    Batches are a function of the step, so reading ahead changes nothing: whoever asks for another
-    step, or other rows, gets them as well, only later. Pixels are in pinned memory where there is a GPU.
+    Those that ``failure_ahead`` waits for come on top. Batches are a function of the step, so reading
+    ahead changes nothing: whoever asks for another step, or other rows, gets them as well, only later.
+    Pixels are in pinned memory where there is a GPU.
     """
 
     def __init__(self, source: ImageSource, depth: int) -> None:
         super().__init__(source)
         self._depth = depth
+        self._least = 0  # batches that are waited for in advance
         self._thread = ThreadPoolExecutor(1, "prefetch")
         self._futures: dict[tuple[int, int, range], Future[Images]] = {}
 
     def read(self, step: int, batch: int, rows: range) -> Images:
-        wanted = [(step + later, batch, rows) for later in range(self._depth + 1)]
+        self._last = step, batch, rows
+        wanted = [(step + n, batch, rows) for n in range(self._least + self._depth + 1)]
         for stale in self._futures.keys() - set(wanted):
             self._futures.pop(stale).cancel()
         for key in wanted:
-            if key not in self._futures:
-                self._futures[key] = self._thread.submit(self._read_pinned, *key)
+            self._begin(key)
         return self._futures.pop(wanted[0]).result()
+
+    def failure_ahead(self, num_batches: int) -> Exception | None:
+        self._least = max(self._least, num_batches)
+        step, batch, rows = self._last
+        for key in [(step + n, batch, rows) for n in range(1, num_batches + 1)]:
+            failure = self._begin(key).exception()
+            if isinstance(failure, OSError | InputError):  # others are raised at their own step
+                return failure
+        return None
+
+    def _begin(self, key: tuple[int, int, range]) -> Future[Images]:
+        if key not in self._futures:
+            self._futures[key] = self._thread.submit(self._read_pinned, *key)
+        return self._futures[key]
 
     def _read_pinned(self, step: int, batch: int, rows: range) -> Images:
         images = self._source.read(step, batch, rows)

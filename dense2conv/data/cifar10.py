@@ -52,6 +52,9 @@ class Cifar10:
     def name(self, index: int) -> str:
         return f"CIFAR-10 image {index}"
 
+    def place(self, index: int) -> str:
+        return self._paths[0]
+
     def fingerprint(self) -> str:
         return fingerprint_of(map(file_state, self._paths))
 

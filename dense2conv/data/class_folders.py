@@ -71,6 +71,9 @@ class ClassFolders:
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._names[index])
 
+    def place(self, index: int) -> str:
+        return self._root
+
     def fingerprint(self) -> str:
         states = (file_state(self.name(i)) for i in range(len(self)))
         return fingerprint_of(

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from dense2conv.data.decode import DECODING, BadImage, decode, prepared
+from dense2conv.shapes import InputError
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .png .bmp .webp .tif .tiff .ppm .pgm .gif".split()  # what a set's files end in
@@ -36,6 +37,9 @@ class EncodedImages(Protocol):
     def name(self, index: int) -> str:
         """What a log calls it."""
 
+    def place(self, index: int) -> str:
+        """The folder or file with which it would be lost."""
+
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or written anew."""
 
@@ -59,6 +63,9 @@ class Selected:
 
     def name(self, index: int) -> str:
         return self._images.name(self._indices[index])
+
+    def place(self, index: int) -> str:
+        return self._images.place(self._indices[index])
 
     def fingerprint(self) -> str:
         return fingerprint_of([self._images.fingerprint(), str(list(self._indices))])
@@ -87,16 +94,28 @@ class DecodedImages:
 
         Raises:
             BadImage: it cannot be read or decoded.
+            InputError: the set is not there any more, which no other image stands in for.
         """
         try:
             data = self._encoded.read(index)
         except OSError as error:
+            _require(self._encoded.place(index))
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
         return prepared(decode(data, self._resize), self._resize, self._channels)
 
     def fingerprint(self) -> str:
         how = f"{self._resize} {self._channels} {DECODING}"
         return fingerprint_of([self._encoded.fingerprint(), how])
+
+
+def _require(place: str) -> None:
+    """Raise InputError for a folder or file that was there and is gone."""
+    try:
+        os.stat(place)
+    except OSError as error:
+        raise InputError(
+            f"{place}, which holds images of this run, is gone ({error.strerror}); bring it back"
+        ) from error
 
 
 def fingerprint_of(parts: Iterable[str]) -> str:

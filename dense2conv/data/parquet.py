@@ -96,6 +96,9 @@ class ParquetImages:
         group = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self._groups[group][0]}:{index}"
 
+    def place(self, index: int) -> str:
+        return self._groups[int(np.searchsorted(self._ends, index, side="right"))][0]
+
     def fingerprint(self) -> str:
         return fingerprint_of([self._column, *map(file_state, self._paths)])
 

@@ -60,6 +60,13 @@ class ImageSource(ABC):
     def fingerprint(self) -> str:
         """A short name of the images and of what is done to them, the same wherever they lie."""
 
+    def failure_ahead(self, num_batches: int) -> Exception | None:
+        """Why one of the ``num_batches`` behind the batch that was read last cannot be read.
+
+        Waits until they have been tried. None: they are there, or this source fails at no batch.
+        """
+        return None
+
     def batch(self, step: int, batch: int, rows: range) -> Tensor:
         """Rows ``rows`` of the global training batch of a step: (len(rows), D) float32, no noise."""
         return self.standardise(self.read(step, batch, rows).pixels)
@@ -83,6 +90,9 @@ class WrappedSource(ImageSource):
 
     def read(self, step: int, batch: int, rows: range) -> Images:
         return self._source.read(step, batch, rows)
+
+    def failure_ahead(self, num_batches: int) -> Exception | None:
+        return self._source.failure_ahead(num_batches)
 
     def read_training_sample(self, num: int, rows: range | None = None) -> Images:
         return self._source.read_training_sample(num, rows)

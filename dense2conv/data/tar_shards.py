@@ -127,6 +127,9 @@ class TarShards:
         sample = self._samples[index]
         return f"{self._shards[sample.shard].url}:{sample.key}"
 
+    def place(self, index: int) -> str:
+        return self._shards[self._samples[index].shard].url
+
     def fingerprint(self) -> str:
         return fingerprint_of(
             file_state(shard.url)

@@ -33,7 +33,7 @@ from dense2conv.training.metrics import MetricsLog, Sink
 from dense2conv.training.optim import learning_rate, make_optimizer
 from dense2conv.training.profiling import profiler
 from dense2conv.training.run_folder import RunFolder
-from dense2conv.training.signals import Stopped, StopRequest
+from dense2conv.training.signals import StopRequest
 from dense2conv.training.strengths import Strengths
 
 _SNAPSHOTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0)  # shares of the run at which fields are kept
@@ -51,6 +51,7 @@ def train(
 
     Raises:
         Stopped: a signal ended it after a whole step, which is saved.
+        InputError: so did images that were there and cannot be read any more.
     """
     stack = build_stack(config, mesh, len(source.geometry)).init(config.seed)
     optimizer = make_optimizer(config.optimizer, stack, config.objective.l1, config.train.compile)
@@ -93,14 +94,16 @@ def train(
     tracing = profiler(folder) if config.profile and mesh.is_main else None
     with StopRequest(mesh) as stop, tracing or nullcontext():
         for step in range(start, steps):
+            done = step + 1
             began = time.monotonic()
             x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
+            if engine.takes_images:
+                stop.report(source.failure_ahead(min(stop.notice, steps - done)))
             read = time.monotonic()
             terms = engine.forward_backward(x)
             lr = learning_rate(config.optimizer, step, steps)
             engine.step(lr)  # ends in the proximal step and the masks
 
-            done = step + 1
             values: dict[str, Tensor | Value] = {"lr": lr}
             with engine.whole():
                 measured = layer_metrics(stack, terms, strengths)
@@ -128,9 +131,7 @@ def train(
             if stopping:
                 metrics.close()
                 checkpoints.wait()
-                raise Stopped(
-                    f"stopped by {stop.reason} after step {done} of {steps}, which is saved"
-                )
+                raise stop.ending(done, steps)
     metrics.close()
     checkpoints.wait()
 

@@ -346,3 +346,24 @@ def test_a_set_that_is_all_bad_ends_soon(imagenet):
 def test_classes_json_names_the_labels(shards):
     (shards / "classes.json").write_text(json.dumps(["a", "b", "c"]))
     assert open_set("webdataset", shards).classes == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "webdataset", "parquet"])
+def test_no_image_stands_in_for_a_set_that_is_gone(kind, tmp_path, request, monkeypatch):
+    monkeypatch.setattr("dense2conv.data.parquet._ROW_GROUPS_KEPT", 1)
+    if kind == "parquet":
+        root = gone = tmp_path / "train.parquet"
+        table(root, range(10, 24))
+    else:
+        root = request.getfixturevalue({"imagenet": "imagenet", "webdataset": "shards"}[kind])
+        gone = root / ("train" if kind == "imagenet" else "train-1.tar")
+    source = open_set(kind, root, max_bad_share=1.0, prefetch=0)
+    source.read(0, 12, range(12))
+    assert source.failure_ahead(3) is None
+    gone.rename(tmp_path / "elsewhere")
+    source.read(1, 12, range(12))  # of those that were waited for
+    failure = source.failure_ahead(40)
+    assert isinstance(failure, InputError)
+    assert f"{gone}, which holds images of this run, is gone (No such file" in str(failure)
+    with pytest.raises(InputError, match="is gone"):
+        source.read(90, 12, range(12))
