@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dense2conv.files import write_atomically
 from dense2conv.parallel import Mesh
 from dense2conv.shapes import InputError
 from dense2conv.training.measures import Fields, Histogram, Value
@@ -97,6 +98,9 @@ class Sink(Protocol):
 
     def __call__(self, step: int, values: Mapping[str, Value]) -> None:
         """Take one step's values."""
+
+    def catch_up(self, rows: list[dict[str, float]]) -> None:
+        """Take the scalars of an earlier part of the run, by ``step``, as far as they may have got lost."""
 
     def alert(self, text: str) -> None:
         """Take a warning that is worth somebody's attention."""
@@ -185,7 +189,9 @@ class MetricsLog:
         self._start = self._written = time.monotonic()
         self._step = first_step
         if mesh.is_main:
-            _keep_steps_until(folder, first_step)
+            rows = _keep_steps_until(folder, first_step)
+            for sink in sinks:
+                sink.catch_up(rows)
             self._file = FileIO(folder.metrics, "a")
             self._progress = Progress(first_step, num_steps)
 
@@ -285,18 +291,47 @@ def _to_floats(
     ]
 
 
-def _keep_steps_until(folder: RunFolder, last_step: int) -> None:
-    """Drop lines that the resumed run will write again, and a last line that a kill cut off."""
+def _keep_steps_until(folder: RunFolder, last_step: int) -> list[dict[str, float]]:
+    """Drop lines that the resumed run will write again, and a last line that a kill cut off.
+
+    Returns:
+        The rows that are kept.
+    """
     if not folder.metrics.exists():
-        return
-    kept = []
+        return []
+    lines, rows = [], []
     for line in folder.metrics.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
+            row = json.loads(line)
+            if row["step"] <= last_step:
+                lines.append(line + "\n")
+                rows.append(row)
         except (ValueError, KeyError):
             continue
-    folder.metrics.write_text("".join(kept))
+    folder.metrics.write_text("".join(lines))
+    return rows
+
+
+class _Told:
+    """Up to which step a listener has had everything for sure: it is noted when it has closed its files.
+
+    What it was told after that may still have been on its way when its processes were killed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._newest = path, -1
+
+    def note(self, step: int) -> None:
+        self._newest = max(self._newest, step)
+
+    def doubtful(self, rows: list[dict[str, float]]) -> list[dict[str, float]]:
+        """Those of ``rows`` that may be missing."""
+        until = int(self._path.read_text()) if self._path.exists() else -1
+        return [row for row in rows if row["step"] > until]
+
+    def close(self) -> None:
+        if self._newest >= 0:
+            write_atomically(self._path, f"{self._newest}\n")
 
 
 class _Forgiving:
@@ -338,6 +373,7 @@ class WandbLog:
     ) -> None:
         self._run: Any = None
         self._draw = draw
+        self._told = _Told(folder.path / "wandb_told")
         self._forgiving = _Forgiving("W&B")
         self._referred: set[Path] = set()
         if config.mode == "disabled":
@@ -381,6 +417,12 @@ class WandbLog:
             if self._run is not None:
                 named = {_in_panel(key): self._logged(value) for key, value in values.items()}
                 self._run.log({"train/step": step, **named})
+                self._told.note(step)
+
+    def catch_up(self, rows: list[dict[str, float]]) -> None:
+        with self._forgiving("catch up"):
+            for row in self._told.doubtful(rows):
+                self(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
 
     def _logged(self, value: Value | Image.Image) -> Any:
         import wandb
@@ -429,7 +471,11 @@ class WandbLog:
     def close(self) -> None:
         with self._forgiving("finish"):
             if self._run is not None:
+                import wandb
+
                 self._run.finish()
+                wandb.teardown()  # offline the former does not wait until the files are written
+                self._told.close()
 
 
 class TensorboardLog:
@@ -438,6 +484,7 @@ class TensorboardLog:
     def __init__(self, folder: RunFolder, draw: Draw) -> None:
         self._writer: Any = None
         self._draw = draw
+        self._told = _Told(folder.path / "tensorboard_told")
         self._forgiving = _Forgiving("TensorBoard")
         with self._forgiving("start"):
             from torch.utils.tensorboard import SummaryWriter
@@ -458,6 +505,12 @@ class TensorboardLog:
             if self._writer is not None:
                 for key, value in values.items():
                     self._add(_in_panel(key), value, step)
+                self._told.note(step)
+
+    def catch_up(self, rows: list[dict[str, float]]) -> None:
+        with self._forgiving("catch up"):
+            for row in self._told.doubtful(rows):
+                self(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
 
     def _add(self, key: str, value: Value, step: int) -> None:
         if isinstance(value, Fields):
@@ -489,6 +542,7 @@ class TensorboardLog:
         with self._forgiving("finish"):
             if self._writer is not None:
                 self._writer.close()
+                self._told.close()
 
 
 def _in_panel(key: str) -> str:

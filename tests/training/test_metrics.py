@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -174,8 +175,8 @@ def test_every_logged_key_is_in_the_glossary_and_every_entry_is_logged(whole, ca
         logged |= {key.partition("/")[2] for key in keys}
         assert all(key.split("/")[0] == metric(key.partition("/")[2]).panel for key in keys)
     names = {next(name for name, m in METRICS.items() if m is metric(key)) for key in logged}
-    # The first takes a pipeline; kernels take a longer training.
-    assert names == METRICS.keys() - {"utilisation", "kernels"}
+    # They take a pipeline, a longer training, and a λ that is steered.
+    assert names == METRICS.keys() - {"utilisation", "kernels", "lambda"}
     assert metric("layer1/kernels") is METRICS["kernels"]
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
@@ -252,6 +253,55 @@ def test_tensorboard_has_the_same_numbers(whole):
     assert told == pytest.approx(expected)
     assert [e.step for e in events.Histograms("weights/magnitudes")] == [10, 20, 30]
     assert [e.step for e in events.Images("weights/fields")][:3] == [0, 2, 5]
+
+
+def test_rows_that_wandb_had_not_written_when_all_was_killed_are_told_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train.steps=1000000", "checkpoint.every=20", "log.every=1", "tensorboard=true"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dense2conv", "train", *SMALL, *words],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"},  # a service of its own
+    )
+    log, deadline = Path("runs/run/metrics.jsonl"), time.monotonic() + 90
+    while not (log.exists() and '"step": 67,' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)  # W&B's own process dies with it
+    run.wait()
+    for killed in Path("runs/run/wandb").glob("offline-run-*/*.wandb"):
+        os.truncate(killed, killed.stat().st_size // 2)  # how much is lost is up to the moment
+    steps = max(line["step"] for line in metrics_of("runs/run")) // 20 * 20 + 5
+
+    assert main(["train", "run.name=run", "resume=true", f"train.steps={steps}"]) == 0
+    paths = sorted(Path("runs/run/wandb").glob("offline-run-*/*.wandb"))
+    rows = [row for path in paths for row in history(records(path))]
+    lines = metrics_of("runs/run")
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    for line in lines:
+        told = [row for row in rows if row["train/step"] == line["step"] and "train/rate" in row]
+        for key in line.keys() - {"time"}:
+            name = f"{metric(key).panel}/{key}"
+            values = {row.get(name) for row in told}
+            if metric(key).panel == "speed":  # of steps that were gone twice
+                assert line[key] in values, (line["step"], name)
+            else:
+                assert values == {line[key]}, (line["step"], name)
+
+
+def test_what_a_listener_closed_on_is_not_told_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    sink = TensorboardLog(folder, lambda _: Image.new("RGB", (1, 1)))
+    sink(0, {"rate": 1.0})
+    sink(7, {"rate": 1.0})
+    sink.close()
+    told = []
+    again = TensorboardLog(folder, lambda _: Image.new("RGB", (1, 1)))
+    again._add = lambda key, value, step: told.append((key, value, step))
+    again.catch_up([{"step": step, "rate": step / 10} for step in range(6, 10)])
+    again.close()
+    assert told == [("train/rate", 0.8, 8), ("train/rate", 0.9, 9)]
+    assert (tmp_path / "tensorboard_told").read_text() == "9\n"
 
 
 # ---- nothing that goes wrong there stops a run
