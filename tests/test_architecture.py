@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dense2conv"
 FLOORS = {
-    **dict.fromkeys(["shapes", "rng", "files", "nonlinearities"], 0),
+    **dict.fromkeys(["shapes", "rng", "files", "bar", "nonlinearities"], 0),
     **dict.fromkeys(["data", "models", "objectives", "pruning", "structure"], 1),
     "parallel": 2,
     "training": 3,

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from dense2conv.bar import Bar
 from dense2conv.data.ahead import in_order
 from dense2conv.data.config import DataConfig
 from dense2conv.data.decode import BadImage
@@ -143,7 +143,7 @@ def _write(pictures: Pictures, folder: Path, config: DataConfig, progress: bool)
     with (
         ThreadPoolExecutor(config.workers) as pool,
         (folder / _PIXELS).open("wb") as file,
-        tqdm(total=len(pictures), desc="caching", unit="image", disable=not progress) as bar,
+        Bar(total=len(pictures), desc="caching", unit="image", disable=not progress) as bar,
     ):
         results = in_order(pool, decoded, range(len(pictures)), ahead=4 * config.workers)
         for index, result in enumerate(results):

@@ -12,8 +12,8 @@ import numpy as np
 import skimage.data
 import sklearn.datasets
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
+from dense2conv.bar import Bar
 from dense2conv.data.config import DataConfig
 from dense2conv.data.encoded import IMAGE_SUFFIXES
 from dense2conv.shapes import InputError
@@ -114,7 +114,7 @@ def _folder(config: DataConfig, progress: bool) -> Photographs:
 
     with ThreadPoolExecutor() as pool:
         decoded = list(
-            tqdm(
+            Bar(
                 pool.map(read, paths),
                 total=len(paths),
                 desc="decoding",

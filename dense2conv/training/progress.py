@@ -6,13 +6,15 @@ import sys
 
 from tqdm import tqdm
 
+from dense2conv.bar import Bar
+
 
 class Progress:
     """A bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, first_step: int, num_steps: int) -> None:
         self._live = sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = Bar(
             total=num_steps,
             initial=first_step,
             desc="training",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from dense2conv.bar import Bar
 from dense2conv.objectives import EfficientCoding
 from dense2conv.shapes import Axis, InputError, Layout
 from dense2conv.structure import ExtractedLayer
@@ -61,7 +61,7 @@ def tune(
     schedule = OptimizerConfig(lr=config.lr, warmup=10, final_lr=0.01)
     layout = Layout(samples=axis)
     hidden = None if progress else True  # None: shown on a terminal only
-    for step in tqdm(range(config.steps), "tuning", leave=False, unit="step", disable=hidden):
+    for step in Bar(range(config.steps), "tuning", leave=False, unit="step", disable=hidden):
         z = layer(next_inputs(step))  # (m/n, d)
         terms = objective(z, num_samples, layer.num_units, layout)
         # L1 is the same on every process and their gradients are summed: each takes its part.
