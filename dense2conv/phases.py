@@ -12,14 +12,15 @@ from omegaconf import OmegaConf
 
 from dense2conv.data import ImageSource, open_source
 from dense2conv.files import write_atomically
-from dense2conv.parallel import Mesh
+from dense2conv.parallel import Mesh, open_mesh
+from dense2conv.parallel.launch import adopt_slurm
 from dense2conv.planner import Estimate, PlanConfig
 from dense2conv.report import table, write_report
 from dense2conv.report.images import montage
 from dense2conv.report.pictures import run_pictures
 from dense2conv.shapes import InputError
 from dense2conv.training.checkpoint import latest
-from dense2conv.training.config import Config
+from dense2conv.training.config import PHASES, Config
 from dense2conv.training.extract import extract
 from dense2conv.training.loop import train
 from dense2conv.training.metrics import Sink, TensorboardLog, WandbLog
@@ -28,6 +29,37 @@ from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.signals import Stopped
 
 _STARTED = time.monotonic()
+
+
+def run(config: Config, command: str = "train") -> dict[str, Any]:
+    """One command and, after training, what ``then`` names, as the command line does it.
+
+    Every process that torchrun or Slurm has started calls this; a script that nobody has started so is
+    one process.
+
+    Args:
+        config: of the run; with ``resume`` the whole of it, not what changes.
+        command: train | prune | extract | report.
+
+    Returns:
+        What ``summary.json`` holds then, on every process.
+
+    Raises:
+        InputError: a value cannot be, or something that it names is missing.
+        Stopped: a signal ended the run, which is saved.
+    """
+    if command not in ("train", *PHASES):
+        raise InputError(f"command {command!r} is unknown; use train, {', '.join(PHASES)}")
+    adopt_slurm()
+    folder = RunFolder(config.run.folder)
+    there = folder.config.is_file()  # all look before any may make the folder
+    resume = config.resume or (config.run.existing == "resume" and there)
+    config = dataclasses.replace(config, resume=resume)
+    config.validate()
+    with open_mesh(config.parallel) as mesh:
+        run_phases(command, config, mesh)
+        summary = json.loads(folder.summary.read_text()) if mesh.is_main else None
+        return dict(mesh.broadcast_object(summary))
 
 
 def run_phases(command: str, config: Config, mesh: Mesh) -> None:

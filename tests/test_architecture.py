@@ -17,7 +17,7 @@ FLOORS = {
     "phases": 5,
     "cli": 6,
     "__main__": 7,
-    "__init__": 0,
+    "__init__": 7,
 }
 BELOW = {
     "nonlinearities": {"shapes"},
