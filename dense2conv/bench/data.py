@@ -97,7 +97,9 @@ def bench_data(config: DataBench, mesh: Mesh) -> None:
         "machine": about,
         "rows": [{key: plain(value) for key, value in row.items()} for row in rows],
         "left_out": left_out,
-        "planned_images_per_core": PlanConfig().images_per_core,
+        "planned_images_per_core": {
+            side: PlanConfig().cluster.images_per_core_at(side) for side in config.sides
+        },
         "needed_images_per_second": needed,
     }
     path = folder.path / "result.json"
@@ -223,7 +225,9 @@ def _table(
     text += ["", "dB: median PSNR to the picture that is decoded whole, then resized by torch"]
     text += [f"without {name}: {reason}" for name, reason in left_out.items()]
     ours = {row["side"]: row["images_per_second"] for row in rows if row["candidate"] == "ours"}
-    text.append(f"dense2conv plan counts on {PlanConfig().images_per_core:.0f} images/s and core")
+    planned = PlanConfig().cluster.images_per_core_at
+    counted = ", ".join(f"{planned(side):.0f} at {side}" for side in ours)
+    text.append(f"dense2conv plan counts on {counted} images/s and core")
     if needed is not None:
         cores = ", ".join(f"{needed / rate:.1f} cores at {side}" for side, rate in ours.items())
         text.append(f"the plan takes {needed:.0f} images/s: {cores}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dense2conv.shapes import InputError
 from dense2conv.training.config import Config
 
@@ -29,13 +31,29 @@ class ClusterConfig:
     )
     latency_us: float = field(default=100, metadata={"help": "of one collective"})
     cores: int = field(default=2, metadata={"help": "processor cores of a node"})
+    images_per_core: dict[int, float] = field(
+        default_factory=lambda: {32: 874, 64: 804, 224: 360},
+        metadata={"help": "JPEG images a core decodes and crops in a second, by the crops' side"},
+    )
     host_memory_gb: float = field(default=16, metadata={"help": "memory of a node's processors"})
     devices_use_host_memory: bool = field(
         default=True, metadata={"help": "whether the devices are the processors themselves"}
     )
 
+    def images_per_core_at(self, side: int) -> float:
+        """Images of a side: on a line through the nearest two measured ones, over log side."""
+        sides = sorted(self.images_per_core)
+        rates = [self.images_per_core[measured] for measured in sides]
+        return float(np.interp(np.log(side), np.log(sides), rates))  # beyond the ends as there
+
     def validate(self) -> None:
         """Raise InputError for a number that is not positive."""
+        rates = self.images_per_core
+        if not rates or not all(side > 0 and rate > 0 for side, rate in rates.items()):
+            raise InputError(
+                f"cluster.images_per_core={rates}; give a positive rate for each of some sides, such as "
+                "{64: 804}"
+            )
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise InputError(f"cluster.{name}={value}; use a positive number")
@@ -76,9 +94,6 @@ class PlanConfig(Config):
     usable_memory: float = field(
         default=0.9, metadata={"help": "share of the memory that tensors may take"}
     )
-    images_per_core: float = field(
-        default=900, metadata={"help": "JPEG images a core decodes and crops in a second"}
-    )
     normals_per_core: float = field(
         default=1.5e8, metadata={"help": "Gaussian numbers a core draws in a second (input noise)"}
     )
@@ -114,6 +129,5 @@ class PlanConfig(Config):
         for name in ("efficiency", "link_efficiency", "usable_memory"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}; use a share above 0, at most 1")
-        for name in ("images_per_core", "normals_per_core"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)}; use a positive number")
+        if not self.normals_per_core > 0:
+            raise InputError(f"normals_per_core={self.normals_per_core}; use a positive number")

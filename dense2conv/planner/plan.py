@@ -95,7 +95,8 @@ class Estimate:
         """Cores of a node of the first stage that decode images, each for its own share of a batch."""
         first_stage = self.mesh.dp * self.mesh.tp
         nodes = max(1.0, first_stage / self.config.cluster.devices)
-        return self.images_per_second / nodes / self.config.images_per_core
+        rate = self.config.cluster.images_per_core_at(self.config.data.side)
+        return self.images_per_second / nodes / rate
 
     @property
     def peak_bytes(self) -> int:

@@ -114,6 +114,14 @@ def test_images_a_second_of_a_huge_layer_on_eight_fast_devices():
     assert found == pytest.approx(8 * 500e12 / (4 * 150_528**2), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("side", "rate"), [(32, 874), (64, 804), (224, 360), (16, 874), (512, 360), (120, 581.2)]
+)
+def test_cores_decode_as_many_images_as_were_measured_at_their_side(side, rate):
+    found = estimate(1, 1, 1, {"data.kind": "imagenet", "data.side": side})
+    assert found.loader_cores == pytest.approx(found.images_per_second / rate, rel=1e-3)
+
+
 def test_traffic_takes_its_time_by_the_link_it_crosses():
     changes = {"data.side": 64, "model.widths": [4096], "train.batch": 64}
     changes |= {"cluster.devices": 4, "cluster.link_gb_s": 10, "cluster.network_gb_s": 1}
@@ -254,7 +262,9 @@ def test_a_batch_that_no_mesh_can_split():
         ({"gram_dtype": "bfloat16"}, "gram_dtype='bfloat16'"),
         ({"efficiency": 0.0}, "efficiency=0.0"),
         ({"usable_memory": 1.5}, "usable_memory=1.5"),
-        ({"images_per_core": 0}, "images_per_core=0"),
+        ({"normals_per_core": 0}, "normals_per_core=0"),
+        ({"cluster.images_per_core": {64: 0}}, "cluster.images_per_core={64: 0}"),
+        ({"cluster.images_per_core": {}}, "cluster.images_per_core={}"),
         ({"cluster.devices": 0}, "cluster.devices=0"),
         ({"cluster.link_gb_s": -1.0}, "cluster.link_gb_s=-1.0"),
         ({"parallel.microbatches": 0}, "parallel.microbatches=0"),
@@ -271,7 +281,7 @@ def test_json_holds_the_plan():
     config = plan_on("h100x8", 2, {"model.widths": [4096, 1024], "data.side": 64})
     plan = make_plan(config)
     found = json.loads(as_json(plan))
-    assert found["cluster"] == asdict(config.cluster)
+    assert found["cluster"] == json.loads(json.dumps(asdict(config.cluster)))
     assert found["best"]["step_seconds"] == plan.best.step_seconds
     assert found["best"]["stages"][0]["memory"] == asdict(plan.best.stages[0].memory)
     assert len(found["runners_up"]) == len(plan.ranking) - 1
