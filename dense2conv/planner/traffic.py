@@ -92,7 +92,7 @@ def _rows(share: Share, layer: LayerShare) -> list[Collective]:
     if share.mesh.shard == "weights" and share.is_network and layer.index > 0:
         times += share.mesh.microbatches  # once more for the gradient of each piece's input
     row = layer.num_inputs * compute
-    calls = [_gather(f"rows of {name}", "dp", dp, layer.num_held, row, times)]
+    calls = [replace(_gather(f"rows of {name}", "dp", dp, layer.num_held, row), count=times)]
     if share.config.model.bias:
         calls.append(_gather(f"bias of {name}", "dp", dp, layer.num_held, compute))
     return calls
@@ -156,8 +156,8 @@ def _gradient(share: Share, purpose: str, num_rows: int, row: int) -> Collective
         return Collective(purpose, "all_reduce", "dp", num_rows * row * number.master)
     # A stage that has to send gradients on makes them piece by piece.
     pieces = mesh.microbatches if share.is_network and not share.is_first else 1
-    joined = _gather(purpose, "dp", mesh.dp, num_rows, row * number.compute, pieces)
-    return replace(joined, kind="reduce_scatter")
+    joined = _gather(purpose, "dp", mesh.dp, num_rows, row * number.compute)
+    return replace(joined, kind="reduce_scatter", count=pieces)
 
 
 def _neighbours(share: Share, kind: str, purpose: str, num_bytes: int) -> list[Collective]:
