@@ -9,7 +9,7 @@ exist from a layer's forward until nothing needs them any more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -85,14 +86,19 @@ class NativeEngine:
     def forward_backward(self, x: Tensor | None) -> dict[str, Terms]:
         received: list[Tensor] = []
         outputs, shown = self.forward(self._receive(received) if x is None else self.pieces(x))
-        terms: dict[str, Terms] = {}
-        for i in self.coded:
-            terms[layer_name(i)], slopes = self._code_whole_batch(i, outputs[i])
+        coded = {i: self._code_whole_batch(i, outputs[i]) for i in self.coded}
+        summing: list[Callable[[], None]] = []
+        for i, (_, slopes) in coded.items():
             self._backward(outputs[i], slopes, received)
+            if not self.network_scope:  # layer i's gradients are complete, and travel meanwhile
+                summing += self._begin_sums(self.stack.layer(i).parameters())
         if self.network_scope and not self.pipeline.is_last:
             self._backward(shown, map(self.pipeline.receive_gradient, shown), received)
-        self._sum_gradients()
-        return terms
+        if self.network_scope:
+            summing = self._begin_sums(self.stack.parameters())
+        for finish in summing:
+            finish()
+        return {layer_name(i): terms for i, (terms, _) in coded.items()}
 
     def step(self, learning_rate: float) -> None:
         self._clip_gradients()
@@ -247,13 +253,21 @@ class NativeEngine:
                 assert gradient is not None
                 self.pipeline.send_gradient(gradient)
 
-    def _sum_gradients(self) -> None:
+    def _begin_sums(self, parameters: Iterable[Parameter]) -> list[Callable[[], None]]:
         """Every process has the gradient of the one objective for its samples: add them over dp."""
         if self.is_sharded:
-            return  # done where the rows were brought together
-        for parameter in self.stack.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.mesh.dp.sum(parameter.grad)
+            return []  # done where the rows were brought together
+
+        def begin(parameter: Parameter) -> Callable[[], None]:
+            assert parameter.grad is not None
+            arrive = self.mesh.dp.begin_sum(parameter.grad)
+
+            def finish() -> None:
+                parameter.grad = arrive()
+
+            return finish
+
+        return [begin(parameter) for parameter in parameters if parameter.grad is not None]
 
     def _clip_gradients(self) -> None:
         """Limit the norm of each layer's gradient, or of all layers' together in the network scope.
