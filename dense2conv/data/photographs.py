@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import sklearn.datasets
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from dense2conv.bar import Bar
 from dense2conv.data.config import DataConfig
+from dense2conv.data.decode import BadImage, decode
 from dense2conv.data.encoded import IMAGE_SUFFIXES
 from dense2conv.shapes import InputError
 
@@ -76,9 +77,14 @@ def _embedded(name: str) -> Path:
 
 
 def _decode(path: Path, config: DataConfig) -> np.ndarray:
-    """One image, upright, grey or RGB, (height, width, channels) uint8."""
-    with Image.open(path) as image:
-        picture = ImageOps.exif_transpose(image).convert("RGB" if config.channels == 3 else "L")
+    """One image, upright, grey or RGB, (height, width, channels) uint8.
+
+    Raises:
+        OSError, BadImage: it cannot be read, or is no picture.
+    """
+    picture = Image.fromarray(decode(path.read_bytes()))
+    if config.channels == 1:
+        picture = picture.convert("L")
     if config.resize:
         scale = config.resize / min(picture.size)
         width, height = (max(config.resize, round(side * scale)) for side in picture.size)
@@ -104,7 +110,10 @@ def _folder(config: DataConfig, progress: bool) -> Photographs:
     def read(path: Path) -> np.ndarray | None:
         try:
             picture = _decode(path, config)
-        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except OSError as error:
+            log.warning("skipped %s: cannot be read: %s", path, error.strerror or error)
+            return None
+        except BadImage as error:
             log.warning("skipped %s: %s", path, error)
             return None
         if min(picture.shape[:2]) < config.side:

@@ -1,6 +1,7 @@
 """Batches are a pure function of (seed, step), whoever reads which rows."""
 
 import hashlib
+import logging
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ from dense2conv.data.photographs import (
 )
 from dense2conv.rng import normal_rows
 from dense2conv.shapes import InputError
+from tests.data.test_decode import encoded, photograph, png_of_size
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,39 @@ def test_a_folder_of_images_of_many_kinds(tmp_path):
     source = open_source(DataConfig(kind="folder", root=str(tmp_path), side=8), seed=0)
     assert source.batch(0, 5, range(5)).shape == (5, 64)
     assert source.held_out(5).isfinite().all()
+
+
+def test_a_folder_of_broken_and_odd_pictures_gives_those_that_can_be_used(tmp_path, monkeypatch):
+    good = photograph(24, 24)
+    ramp = np.linspace(0, 65535, 24 * 24).astype(np.uint16).reshape(24, 24)
+    broken = {
+        "empty.jpg": b"",
+        "text.jpg": b"not a picture",
+        "cut.jpg": encoded(photograph(200, 300))[:-500],
+        "cut.png": encoded(good, "PNG")[:300],
+        "huge.png": png_of_size(20_000, 20_000),
+        "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 24\n",
+        "tiny.png": encoded(photograph(1, 1), "PNG"),
+    }
+    usable = {
+        "cmyk.jpg": encoded(good, mode="CMYK", quality=95),
+        "palette.png": encoded(good, "PNG", mode="P"),
+        "sixteen.png": encoded(ramp, "PNG"),
+        "turned.jpg": encoded(good, quality=95),
+    }
+    for name, data in (broken | usable).items():
+        (tmp_path / name).write_bytes(data)
+    config = DataConfig(kind="folder", root=str(tmp_path), side=8)
+    said = []
+    logger = logging.getLogger("dense2conv.data.photographs")
+    monkeypatch.setattr(logger, "warning", lambda text, *values: said.append(text % values))
+    found = load_photographs(config)
+    assert len(found.train) + len(found.held_out) == len(usable)
+    assert len(said) == len(broken)
+    for name in broken:
+        assert any(name in text for text in said)
+    images = [*found.held_out, *found.train]  # the first by name is held out
+    assert np.array_equal(images[2][..., 0], ramp >> 8)
 
 
 def test_photographs_can_be_shrunk_first(tmp_path):

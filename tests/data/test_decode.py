@@ -32,8 +32,8 @@ def encoded(pixels, kind="JPEG", mode=None, **options):
     return file.getvalue()
 
 
-def png_of_size(width, height):
-    """A PNG of that size by its header, in a hundred bytes."""
+def png(header, lines, *others):
+    """A PNG of that header, and those lines behind a byte for each one's filter."""
 
     def chunk(kind, content):
         return (
@@ -43,13 +43,20 @@ def png_of_size(width, height):
             + struct.pack(">I", zlib.crc32(kind + content))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(kind, content)
+        for kind, content in [
+            (b"IHDR", header),
+            *others,
+            (b"IDAT", zlib.compress(lines)),
+            (b"IEND", b""),
+        ]
     )
+
+
+def png_of_size(width, height, *others):
+    """A PNG of that size by its header, in a hundred bytes."""
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"", *others)
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
@@ -112,6 +119,21 @@ def test_an_animation_is_its_first_frame():
     assert (pixels == 10).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_so_it_is_of_other_animations_and_of_pages(kind):
+    frames = [Image.fromarray(np.full((8, 9, 3), level, np.uint8)) for level in (10, 200)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    assert np.abs(decode(file.getvalue()).astype(int) - 10).max() < 3
+
+
+def test_sixteen_bits_of_colour_become_eight():
+    levels = np.linspace(0, 65535, 4 * 5 * 3).astype(">u2").reshape(4, 5, 3)
+    lines = b"".join(b"\0" + row.tobytes() for row in levels)
+    data = png(struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0), lines)
+    assert np.array_equal(decode(data), levels >> 8)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_photograph_is_upright(orientation, kind):
@@ -156,6 +178,22 @@ _JPEG, _PNG = encoded(photograph()), encoded(photograph(), "PNG")
 def test_what_is_no_picture_says_why(data, named):
     with pytest.raises(BadImage, match=named):
         decode(data)
+
+
+def test_a_bomb_of_any_kind_is_refused_by_its_header():
+    sides, huge = struct.pack("<HH", 61, 67), struct.pack("<HH", 60_000, 60_000)
+    gif = encoded(photograph(67, 61), "GIF").replace(sides, huge)
+    bmp = bytearray(encoded(photograph(67, 61), "BMP"))
+    bmp[18:26] = struct.pack("<ii", 60_000, 60_000)
+    for data in (gif, bytes(bmp), b"P6 60000 60000 255\n"):
+        with pytest.raises(BadImage, match="too large"):
+            decode(data)
+
+
+def test_a_text_that_unpacks_to_a_gigabyte_is_not_unpacked():
+    text = b"Comment\0\0" + zlib.compress(bytes(100_000_000))
+    with pytest.raises(BadImage, match="Decompressed data too large"):
+        decode(png_of_size(4, 4, (b"zTXt", text)))
 
 
 def test_a_huge_jpeg_is_refused_by_its_header():
