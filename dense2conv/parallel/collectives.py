@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -61,7 +62,14 @@ class GroupAxis(Axis):
         lengths = self.lengths(whole.shape[dim])
         assert shard.shape[dim] == lengths[self.rank], (shard.shape, dim, lengths)
         if self.sends_pieces(shard):
-            return self._gather_pieces(shard.contiguous(), whole, dim, lengths)
+            own = shard.contiguous()
+            arriving = self.begin_pieces(own, lengths, dim)
+
+            def join() -> None:
+                pieces = {self.rank: own} | dict(arriving)
+                torch.cat([pieces[rank] for rank in range(self.size)], dim, out=whole)
+
+            return join
         padded = _padded(shard, dim, lengths[0])
         fits = dim == 0 and len(whole) == self.size * lengths[0]
         joined = whole if fits else padded.new_empty(self.size, *padded.shape)
@@ -75,28 +83,32 @@ class GroupAxis(Axis):
 
         return finish
 
-    def _gather_pieces(
-        self, own: Tensor, whole: Tensor, dim: int, lengths: list[int]
-    ) -> Callable[[], None]:
-        shapes = [_resized(own, dim, length) for length in lengths]
-        arriving = {
-            rank: self.receive(own.new_empty(shapes[rank]), rank) for rank in self.others(-1)
-        }
+    def begin_pieces(
+        self, own: Tensor, lengths: list[int], dim: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its shard) of every other process, as they come; they are on their way at once."""
+        arriving = [
+            (rank, self.receive(own.new_empty(_resized(own, dim, lengths[rank])), rank))
+            for rank in self.others(-1)
+        ]
         leaving = [self.send(own, rank) for rank in self.others(1)]
 
-        def finish() -> None:
-            pieces = {self.rank: own} | {rank: piece() for rank, piece in arriving.items()}
-            torch.cat([pieces[rank] for rank in range(self.size)], dim, out=whole)
+        def wait() -> Iterator[tuple[int, Tensor]]:
+            for rank, piece in arriving:
+                yield rank, piece()
             for has_left in leaving:
                 has_left()
 
-        return finish
+        return wait()
 
     @torch.no_grad()
     def scatter_sum(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        length = len(self.shard(tensor.shape[dim]))
-        shard = tensor.new_empty(_resized(tensor, dim, length))
-        self.begin_scatter_sum(tensor, shard, dim)()
+        lengths = self.lengths(tensor.shape[dim])
+        shard = tensor.new_empty(_resized(tensor, dim, lengths[self.rank]))
+        if self.sends_pieces(tensor):
+            self.begin_sum_of_pieces(tensor.split(lengths, dim), shard)()
+        else:
+            self.begin_scatter_sum(tensor, shard, dim)()
         return shard
 
     def begin_scatter_sum(self, whole: Tensor, shard: Tensor, dim: int) -> Callable[[], None]:
@@ -104,9 +116,6 @@ class GroupAxis(Axis):
         processes' ``whole``; the result waits for it.
         """
         lengths = self.lengths(whole.shape[dim])
-        if self.sends_pieces(whole):
-            pieces = [piece.contiguous() for piece in whole.split(lengths, dim)]
-            return self._sum_pieces(pieces, shard)
         shape = (self.size, lengths[0])
         shards = _padded(whole, dim, math.prod(shape)).unflatten(dim, shape).movedim(dim, 0)
         fits = shard.shape[dim] == lengths[0]
@@ -120,8 +129,11 @@ class GroupAxis(Axis):
 
         return finish
 
-    def _sum_pieces(self, pieces: list[Tensor], shard: Tensor) -> Callable[[], None]:
-        leaving = [self.send(pieces[rank], rank) for rank in self.others(1)]
+    def begin_sum_of_pieces(self, pieces: Sequence[Tensor], shard: Tensor) -> Callable[[], None]:
+        """Start to fill ``shard`` with the sum of what the processes have for this one, each one's
+        ``pieces`` being by rank; the result waits for it.
+        """
+        leaving = [self.send(pieces[rank].contiguous(), rank) for rank in self.others(1)]
         arriving = [self.receive(torch.empty_like(shard), rank) for rank in self.others(-1)]
         own = pieces[self.rank]
 
@@ -194,46 +206,86 @@ class _Gather(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b of shards of x, in chunks of rows: one travels while another is multiplied."""
+    """x Wᵀ + b of shards of x: a part of x, or of its gradient, travels while another is multiplied."""
 
     @staticmethod
     def forward(
         ctx: Any, shard: Tensor, weight: Tensor, bias: Tensor | None, axis: GroupAxis
     ) -> Tensor:
-        whole = shard.new_empty(len(shard), weight.shape[1])  # (m, D)
-        output = shard.new_empty(len(shard), len(weight))  # (m, d/tp)
-        multiply = torch.mm if bias is None else functools.partial(torch.addmm, bias)
-        lengths = row_chunks(len(shard))
-        chunks = list(zip(*(t.split(lengths) for t in (shard, whole, output)), strict=True))
-        begun = (axis.begin_gather(own, rows, 1) for own, rows, _ in chunks)
-        for _, (_, rows, out) in zip(_one_ahead(begun), chunks, strict=True):
-            multiply(rows, weight.mT, out=out)
+        # In 16 bits a sum over pieces would be rounded after each of them.
+        by_pieces = axis.sends_pieces(shard) and weight.dtype.itemsize > 2
+        multiply = _multiply_pieces if by_pieces else _multiply_chunks
+        output, columns = multiply(shard, weight, bias, axis)
         ctx.axis, ctx.has_bias = axis, bias is not None
         # Without a gradient of its input a layer needs its weight no more.
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, whole)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *columns)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (weight, whole) = grads, ctx.saved_tensors
+        (grad,), (weight, *columns) = grads, ctx.saved_tensors
         of_shard = of_weight = of_bias = None
         leaving: list[Callable[[], None]] = []
         if ctx.needs_input_grad[0]:
-            of_shard = grad.new_empty(len(grad), len(ctx.axis.shard(whole.shape[1])))
+            of_shard = grad.new_empty(len(grad), len(ctx.axis.shard(weight.shape[1])))
             lengths = row_chunks(len(grad))
             for rows, place in zip(grad.split(lengths), of_shard.split(lengths), strict=True):
-                following = ctx.axis.begin_scatter_sum(rows @ weight, place, 1)
+                following = _begin_input_gradient(rows, weight, place, ctx.axis)
                 while leaving:
                     leaving.pop()()
                 leaving.append(following)
         if ctx.needs_input_grad[1]:
-            of_weight = grad.mT @ whole
+            of_weight = torch.empty_like(weight)
+            widths = [part.shape[1] for part in columns]
+            for part, of_columns in zip(columns, of_weight.split(widths, 1), strict=True):
+                torch.mm(grad.mT, part, out=of_columns)
         if ctx.has_bias:
             of_bias = grad.sum(0)
         while leaving:
             leaving.pop()()
         return of_shard, of_weight, of_bias, None
+
+
+def _multiply_pieces(
+    shard: Tensor, weight: Tensor, bias: Tensor | None, axis: GroupAxis
+) -> tuple[Tensor, list[Tensor]]:
+    """The output (m, d/tp), and x's columns in parts: a piece is multiplied while the next ones come."""
+    own = shard.contiguous()
+    lengths = axis.lengths(weight.shape[1])
+    arriving = axis.begin_pieces(own, lengths, 1)
+    columns = weight.split(lengths, 1)
+    output = F.linear(own, columns[axis.rank], bias)  # (m, d/tp)
+    pieces = {axis.rank: own}
+    for rank, piece in arriving:
+        pieces[rank] = piece
+        output.addmm_(piece, columns[rank].mT)
+    return output, [pieces[rank] for rank in range(axis.size)]
+
+
+def _multiply_chunks(
+    shard: Tensor, weight: Tensor, bias: Tensor | None, axis: GroupAxis
+) -> tuple[Tensor, list[Tensor]]:
+    """The same, x in one part: a chunk of its rows is multiplied while the next one is gathered."""
+    whole = shard.new_empty(len(shard), weight.shape[1])  # (m, D)
+    output = shard.new_empty(len(shard), len(weight))  # (m, d/tp)
+    multiply = torch.mm if bias is None else functools.partial(torch.addmm, bias)
+    lengths = row_chunks(len(shard))
+    chunks = list(zip(*(t.split(lengths) for t in (shard, whole, output)), strict=True))
+    begun = (axis.begin_gather(own, rows, 1) for own, rows, _ in chunks)
+    for _, (_, rows, out) in zip(_one_ahead(begun), chunks, strict=True):
+        multiply(rows, weight.mT, out=out)
+    return output, [whole]
+
+
+def _begin_input_gradient(
+    rows: Tensor, weight: Tensor, place: Tensor, axis: GroupAxis
+) -> Callable[[], None]:
+    """Start to fill ``place`` with own columns of the sum of the processes' ``rows`` W."""
+    if not axis.sends_pieces(rows):
+        return axis.begin_scatter_sum(rows @ weight, place, 1)
+    columns = weight.split(axis.lengths(weight.shape[1]), 1)
+    return axis.begin_sum_of_pieces([rows @ of_rank for of_rank in columns], place)
 
 
 def row_chunks(num_rows: int) -> list[int]:

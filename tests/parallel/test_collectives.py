@@ -127,19 +127,15 @@ def _late(by_pieces):
     with open_mesh(ParallelConfig(tp=_world())) as mesh:
         axis = mesh.tp
         axis.sends_pieces = lambda tensor: by_pieces
-        begin_gather, begin_scatter_sum = axis.begin_gather, axis.begin_scatter_sum
+        lengths = axis.lengths
         for late in (None, 0, 1):
 
-            def delayed(begin, late=late):
-                def begin_late(*arguments):
-                    if axis.rank == late:
-                        time.sleep(0.02)
-                    return begin(*arguments)
+            def lengths_in_a_while(total, late=late):
+                if axis.rank == late:
+                    time.sleep(0.02)
+                return lengths(total)
 
-                return begin_late
-
-            axis.begin_gather = delayed(begin_gather)
-            axis.begin_scatter_sum = delayed(begin_scatter_sum)
+            axis.lengths = lengths_in_a_while  # which every chunk begins with
             shard = _draw(7, 3, seed=axis.rank).requires_grad_()
             weight = _draw(4, 3 * axis.size, seed=9 + axis.rank).requires_grad_()
             output = axis.linear(shard, weight)
@@ -153,6 +149,9 @@ def test_the_result_does_not_depend_on_who_is_late(by_pieces):
     assert all(on_ranks(4, _late, by_pieces))
 
 
+aten = torch.ops.aten
+
+
 class _Products(TorchDispatchMode):
     """Notes every matrix product in ``log``."""
 
@@ -161,7 +160,7 @@ class _Products(TorchDispatchMode):
         self.log = log
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        if function.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
             self.log.append("product")
         return function(*args, **(kwargs or {}))
 
@@ -182,28 +181,39 @@ def _noted(begin, log):
     return noted
 
 
-def _order():
-    collectives._MIN_CHUNK_ROWS = 2
-    forward, backward = [], []
-    with open_mesh(ParallelConfig(tp=_world())) as mesh:
-        axis = mesh.tp
-        axis.begin_gather = _noted(axis.begin_gather, forward)
-        axis.begin_scatter_sum = _noted(axis.begin_scatter_sum, backward)
+def _order(by_pieces, *begin):
+    """What is done forward and backward, in a word a thing, of methods of the axis and products."""
+    collectives._MIN_CHUNK_ROWS = 2  # seven rows: three, three and one
+    log = []
+    with open_mesh(ParallelConfig(tp=_world())) as mesh, _Products(log):
+        mesh.tp.sends_pieces = lambda tensor: by_pieces
+        for name in begin:
+            setattr(mesh.tp, name, _noted(getattr(mesh.tp, name), log))
         shard, weight = _draw(7, 3, seed=0), _draw(4, 6, seed=1)
-        with _Products(forward):
-            output = axis.linear(shard.requires_grad_(), weight.requires_grad_())
-        with _Products(backward):
-            output.sum().backward()
-    return forward, backward
+        output = mesh.tp.linear(shard.requires_grad_(), weight.requires_grad_())
+        log.append("|")
+        output.sum().backward()
+    return " ".join(log)
 
 
 def test_chunks_travel_while_others_are_multiplied():
-    for forward, backward in on_ranks(2, _order):
-        assert forward == "begin begin wait product begin wait product wait product".split()
-        # The last product, while the last chunk's sum is under way, makes the weights' gradient.
-        assert backward == (
-            "product begin product begin wait product begin wait product wait".split()
-        )
+    forward = "begin begin wait product begin wait product wait product"
+    # The last product, while the last chunk's sum is under way, makes the weights' gradient.
+    backward = "product begin product begin wait product begin wait product wait"
+    orders = on_ranks(2, _order, False, "begin_gather", "begin_scatter_sum")
+    assert orders == [f"{forward} | {backward}"] * 2
+
+
+def test_pieces_travel_while_others_are_multiplied():
+    # Of two ranks: a chunk's gradient is two products, and so is that of the weights.
+    backward = (
+        "product product begin product product begin wait product product begin wait "
+        "product product wait"
+    )
+    orders = on_ranks(2, _order, True, "receive")
+    assert [order.split(" | ")[0] for order in orders] == ["begin product wait product"] * 2
+    orders = on_ranks(2, _order, True, "begin_sum_of_pieces")
+    assert [order.split(" | ")[1] for order in orders] == [backward] * 2
 
 
 def _peak():
@@ -220,8 +230,8 @@ def _peak():
 
 
 def test_a_product_holds_its_input_its_gradient_and_little_that_travels():
-    # Of the shard's size: the input 2, its gradient 1, two of eight chunks less than 1.2.
-    assert max(on_ranks(2, _peak)) < 4.2
+    # Of the shard's size: the other rank's 1, the gradient 1, and two of eight chunks less than 1.
+    assert max(on_ranks(2, _peak)) < 3
 
 
 def _panel_order():
