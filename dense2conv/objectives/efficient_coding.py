@@ -15,7 +15,8 @@ from torch import Tensor
 from dense2conv.objectives.logdet import logdet_i_plus
 from dense2conv.objectives.rates import gaussian_information
 from dense2conv.objectives.sums import centred, total
-from dense2conv.shapes import SINGLE, InputError, Layout
+from dense2conv.objectives.weight_rows import logdet_i_plus_of_rows
+from dense2conv.shapes import SINGLE, Axis, InputError, Layout
 
 DEFAULT_NOISE_VARIANCE = 0.01
 
@@ -116,6 +117,18 @@ class Terms(NamedTuple):
         return self.power - self.rate
 
 
+def _logdet_of_weight(
+    weight: Tensor, alpha: float, axis: Axis, num_units: int, name: str
+) -> Tensor:
+    """logdet(I + α WWᵀ) of the layer's W (d, D), own rows (d/tp, D), on its small side."""
+    num_inputs = weight.shape[1]
+    if axis.size > 1 and num_units <= num_inputs:
+        return logdet_i_plus_of_rows(weight, alpha, axis, num_units, name)
+    # Wᵀ is a (D, d) matrix whose features are spread like z's; WᵀW is a sum over own rows.
+    spread = Layout(features=axis)
+    return logdet_i_plus(weight.T, alpha, spread, num_inputs, num_units, name)
+
+
 class EfficientCoding:
     """The objective of a layer, given its linear output.
 
@@ -158,10 +171,8 @@ class EfficientCoding:
         sigma_squared = self.config.sigma_squared(num_features)
         rate = gaussian_information(z, sigma_squared, layout, num_samples, num_features, name)
         if self.config.noise_correction and weight is not None and self._input_noise_std > 0:
-            # ½ logdet(I + (σ_in²/σ²) WWᵀ): Wᵀ is a (D, d) matrix whose features are spread like
-            # z's.
             alpha = self._input_noise_std**2 / sigma_squared
-            spread = Layout(features=layout.features)
-            rate = rate - 0.5 * logdet_i_plus(weight.T, alpha, spread, None, num_features, name)
+            noise = _logdet_of_weight(weight, alpha, layout.features, num_features, name)
+            rate = rate - 0.5 * noise
         power = total(z.square().sum(), layout.samples, layout.features)
         return Terms(rate, power * (self.config.power / 2 / num_samples))

@@ -236,8 +236,8 @@ class _Linear(torch.autograd.Function):
                     leaving.pop()()
                 leaving.append(following)
         if ctx.needs_input_grad[1]:
-            of_weight = torch.empty_like(weight)
             widths = [part.shape[1] for part in columns]
+            of_weight = grad.new_empty(grad.shape[1], sum(widths))
             for part, of_columns in zip(columns, of_weight.split(widths, 1), strict=True):
                 torch.mm(grad.mT, part, out=of_columns)
         if ctx.has_bias:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dense2conv.models.dense_stack import layer_name
+from dense2conv.objectives.weight_rows import columns_at_once
 from dense2conv.parallel import ParallelConfig
 from dense2conv.planner.config import PlanConfig
 from dense2conv.shapes import Axis
@@ -55,7 +56,10 @@ class LayerShare:
 
 @dataclass(frozen=True)
 class Rate:
-    """logdet(I + αG) of an (m, d) matrix: ``num_rows`` = m/dp and ``num_held`` = d/tp of it are here."""
+    """logdet(I + αG) of an (m, d) matrix: ``num_rows`` = m/dp and ``num_held`` = d/tp of it are here.
+
+    rows_at_once: how many of the own rows are gathered at a time, where all would be too many.
+    """
 
     purpose: str
     num_samples: int
@@ -64,6 +68,7 @@ class Rate:
     num_held: int
     dp: int
     tp: int
+    rows_at_once: int | None = None
 
     @property
     def is_dual(self) -> bool:
@@ -82,7 +87,13 @@ class Rate:
         """
         if self.is_dual:
             return self.num_samples * self.num_held if self.dp > 1 else 0
-        return self.num_rows * self.num_units if self.tp > 1 else 0
+        return self.blocks[0] * self.num_units if self.tp > 1 else 0
+
+    @property
+    def blocks(self) -> list[int]:
+        """Own rows that are gathered at a time."""
+        most = self.rows_at_once or self.num_rows
+        return [min(most, self.num_rows - start) for start in range(0, self.num_rows, most)]
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,8 @@ class Share:
         rates = [Rate(f"rate of {name}", m, d, self.num_rows, held, dp, tp)]
         if objective.noise_correction and self.config.data.input_noise_std > 0:  # of Wᵀ (D, d)
             inputs = layer.num_inputs
-            rates.append(Rate(f"noise through {name}", inputs, d, inputs, held, 1, tp))
+            columns = columns_at_once(d)
+            rates.append(Rate(f"noise through {name}", inputs, d, inputs, held, 1, tp, columns))
         return rates
 
     @property

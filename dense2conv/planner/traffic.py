@@ -109,6 +109,8 @@ def _objective(share: Share, layer: LayerShare) -> list[Collective]:
     for rate in share.rates(layer):
         for digits in share.gram_bytes:
             calls += _gram(rate, digits)
+        if rate.rows_at_once and not rate.is_dual and rate.tp > 1:  # once more for the gradient
+            calls += _blocks(rate, share.gram_bytes[-1])
     if is_global:
         calls.append(Collective(f"power of {name}", "all_reduce", "dp", number))
     else:  # what each process found is logged as its mean
@@ -130,8 +132,20 @@ def _gram(rate: Rate, number: int) -> list[Collective]:
             numbers = len(panel) * (panel.stop if size == 1 else n)
             calls.append(Collective(rate.purpose, "all_reduce", inner_axis, numbers * number))
     if size > 1:
-        calls += [_gather(rate.purpose, axis, size, n, each * number) for each in (held, n)]
+        calls.append(_gather(rate.purpose, axis, size, n, n * number))
+        if rate.is_dual:
+            calls.append(_gather(rate.purpose, axis, size, n, held * number))
+        else:
+            calls += _blocks(rate, number)
     return calls
+
+
+def _blocks(rate: Rate, number: int) -> list[Collective]:
+    """All features of own samples, of some samples at a time where the rate says so."""
+    return [
+        replace(_gather(rate.purpose, "tp", rate.tp, rate.num_units, rows * number), count=count)
+        for rows, count in Counter(rate.blocks).items()
+    ]
 
 
 def _gradients(share: Share) -> list[Collective]:
