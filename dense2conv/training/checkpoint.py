@@ -112,6 +112,7 @@ class Checkpoints:
         optimizer: Optimizer,
         metrics: Mapping[str, Any] | None = None,
         pruned: bool = False,
+        copy: bool = True,
     ) -> None:
         """Copy the held state to host memory and start to write it; waits for the save before.
 
@@ -120,6 +121,8 @@ class Checkpoints:
             stack, optimizer: what is saved; masks and running figures come along.
             metrics: of this step's batch; the one that ``config.best`` names decides what is best.
             pruned: whether these weights have just been pruned.
+            copy: False where nothing changes the state until ``wait`` returns: what is in host
+                memory is written from where it lies.
 
         Raises:
             InputError: a state of the optimizer has no row for each unit.
@@ -137,7 +140,7 @@ class Checkpoints:
         }
         if self.mesh.is_main and metrics is not None:
             state["metrics"] = {key: float(metrics[key]) for key in _METRICS if key in metrics}
-        copies = _own_share(self.mesh, stack, optimizer)
+        copies = _own_share(self.mesh, stack, optimizer, copy)
         # A daemon, so that a process which has failed does not wait for the others' files.
         self._thread = threading.Thread(
             target=self._in_background, args=(name, state, *copies), daemon=True
@@ -258,9 +261,9 @@ class Checkpoints:
 
 
 def _own_share(
-    mesh: Mesh, stack: DenseStack, optimizer: Optimizer
+    mesh: Mesh, stack: DenseStack, optimizer: Optimizer, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Host copies of what this process writes, and where in the whole tensors they lie.
+    """What this process writes, in host memory, and where in the whole tensors it lies.
 
     Rows that all processes along dp hold are shared out among them.
     """
@@ -275,7 +278,7 @@ def _own_share(
             tensor = tensor[rows.start - held.start : rows.stop - held.start]  # (d/tp/dp, …)
         elif not mesh.writes_shards:
             continue
-        copies[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        copies[name] = tensor.to("cpu", copy=copy, memory_format=torch.contiguous_format)
         places[name] = {"saved_offsets": offsets}
     return copies, places
 
@@ -448,9 +451,12 @@ def _fill(
         key: _as_dtensor(mesh, tensor, total, rows_axis) if total else tensor
         for key, tensor, total, rows_axis in _state(stack, optimizer)
     }
+    weights = {key: tensor for key, tensor in tensors.items() if not key.startswith("optimizer.")}
+    states = {key: tensor for key, tensor in tensors.items() if key not in weights}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns of its own deprecations
-        dcp.load(tensors, storage_reader=reader)
+        for part in filter(None, (weights, states)):  # what a load has read stays mapped to its end
+            dcp.load(part, storage_reader=reader)
     return int(state["step"])
 
 

@@ -64,17 +64,17 @@ def prune(config: Config, mesh: Mesh, folder: RunFolder) -> None:
     step = checkpoint.load(newest, flat, stack, optimizer, identity(config))
 
     layers = [stack.layer(i) for i in stack.indices]
-    before = [_magnitude(layer, flat) for layer in layers]
+    before = [magnitude(layer, flat.tp) for layer in layers]
     mask_smallest(config.prune, layers, flat.tp)
     lost = [
-        1 - _magnitude(layer, flat) / all_of_it if all_of_it else 0.0
+        1 - magnitude(layer, flat.tp) / all_of_it if all_of_it else 0.0
         for layer, all_of_it in zip(layers, before, strict=True)
     ]
     save_fields(config, flat, folder, stack, "pruned")
     network, timeout_s = identity(config), config.parallel.timeout_s
     checkpoints = Checkpoints(config.checkpoint, folder.checkpoints, flat, network, timeout_s)
     checkpoints.extra = checkpoint.extra_of(newest)
-    checkpoints.save(step, stack, optimizer, pruned=True)
+    checkpoints.save(step, stack, optimizer, pruned=True, copy=False)
     checkpoints.wait()
     kept = [int(flat.tp.sum(layer.mask.count_nonzero())) for layer in layers]  # type: ignore[union-attr]
     if mesh.is_main:
@@ -112,7 +112,7 @@ def mask_smallest(config: PruneConfig, layers: Sequence[DenseLayer], axis: Axis)
         layer.set_mask(mask)
 
 
-def _magnitude(layer: DenseLayer, mesh: Mesh) -> float:
-    """Σ|w| of the whole layer."""
+def magnitude(layer: DenseLayer, axis: Axis) -> float:
+    """‖W‖₁ of a whole layer whose units are spread over ``axis``."""
     rows = torch.linalg.vector_norm(layer.weight.detach(), 1, dim=1)  # makes no copy of the weights
-    return float(mesh.tp.sum(rows.double().sum()))
+    return float(axis.sum(rows.double().sum()))
