@@ -80,6 +80,8 @@ def _left_over(layer: ExtractedLayer, left_value: Tensor) -> list[str]:
     return _broken(
         {
             "left-over weights are not sorted by unit": bool((unit[1:] >= unit[:-1]).all()),
-            "a left-over unit is also on a kernel": not bool((layer.kernel[unit] >= 0).any()),
+            "a left-over unit is also on a kernel": not bool(
+                (layer.kernel[unit.unique_consecutive()] >= 0).any()
+            ),
         }
     )

@@ -30,7 +30,7 @@ class ExtractedLayer(nn.Module):
 
     geometry: of the D inputs. kernels: (K, C, s, s), s odd. lattices: one a kernel. kernel, y, x:
     (d,) int64, kernel -1 for a unit on none. gain: (d,), read where kernel ≥ 0. left_unit,
-    left_input: (nnz,) int64 and left_value (nnz,): weights of left-over units. bias: (d,) or None.
+    left_input: (nnz,) int32 and left_value (nnz,): weights of left-over units. bias: (d,) or None.
     Raises InputError where these contradict one another.
     """
 
@@ -79,12 +79,13 @@ class ExtractedLayer(nn.Module):
         self.side = kernels.shape[-1]
         device = kernels.device
         persistent = {
-            "kernel": kernel, "y": y, "x": x, "left_unit": left_unit, "left_input": left_input,
-            "channel_of_input": geometry.channel, "y_of_input": geometry.y,
-            "x_of_input": geometry.x,
+            "kernel": kernel, "y": y, "x": x, "channel_of_input": geometry.channel,
+            "y_of_input": geometry.y, "x_of_input": geometry.x,
         }  # fmt: skip
         for name, tensor in persistent.items():
             self.register_buffer(name, tensor.to(device, torch.int64, copy=True))
+        for name, tensor in {"left_unit": left_unit, "left_input": left_input}.items():
+            self.register_buffer(name, tensor.to(device, torch.int32, copy=True))
         grid = InputGrid(geometry, device)
         wrong = contradictions(self, kernels, gain, left_value, bias)
         if wrong:
@@ -299,4 +300,4 @@ def _groups(lattices: Sequence[Lattice]) -> list[list[int]]:
 def _first_of_runs(sorted_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids and where each one's run starts."""
     ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    return ids, counts.cumsum(0) - counts
+    return ids, (counts.cumsum(0) - counts).to(ids)

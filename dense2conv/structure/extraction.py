@@ -1,7 +1,9 @@
 """A dense layer in, convolutions out: how the parts of this room work together.
 
 No process ever holds the whole weight matrix. What crosses processes: numbers per unit, windows of
-at most ``sampled_units`` units, sums of normal equations, and the non-zeros of left-over units.
+at most ``sampled_units`` units, sums of normal equations, and the non-zeros of left-over units, which
+are refused where they are more than a process's share of the layer. Beside that share and the inputs
+a process holds its own units' outputs, 128 MiB of second moments at most, and pieces of rows.
 
     n   own units      d   units of the layer      D   inputs      K   kernels      p   taps
 """
@@ -23,13 +25,14 @@ from dense2conv.structure.locality import (
     check_weight,
     random_radius,
     receptive_fields,
+    row_chunks,
     shuffled,
 )
 from dense2conv.structure.placement import Placement
 from dense2conv.structure.search import Search
 
 NULL_STATISTICS = ("radius", "participation", "entropy", "window_mass")
-NULL_ROWS = 64  # rows shuffled at a time
+BUFFER = 1 << 26  # bytes that left-over weights may take beyond a process's share of the layer
 
 
 @dataclass
@@ -69,7 +72,8 @@ def extract_layer(
 
     weight: (n, D) own rows and bias: (n,) or None, as ``axis.shard(num_units)``; geometry: of the D
     inputs; inputs: (m, D) training inputs, the same on every process. Raises InputError if shapes
-    disagree, values are not finite or ``config`` is not valid. Deterministic.
+    disagree, values are not finite, ``config`` is not valid, or left-over units have more weights
+    than a process may hold. Deterministic.
     """
     axis = Axis() if axis is None else axis
     config.validate()
@@ -104,7 +108,8 @@ def _check(
             f"inputs are {tuple(inputs.shape)}; pass (m, {len(geometry)}) training inputs, m ≥ 1"
         )
     for name, tensor in (("weight", weight), ("inputs", inputs)):
-        if not bool(torch.isfinite(tensor).all()):
+        pieces = row_chunks(*tensor.shape)
+        if not all(bool(torch.isfinite(tensor[rows]).all()) for rows in pieces):
             raise InputError(f"{name} has values that are not finite; extract from a sound run")
 
 
@@ -119,8 +124,7 @@ def _emit(
 ) -> LayerExtraction:
     """Gather the numbers of all units and build the module, the same on every process."""
     d, axis, weight = work.num_units, work.axis, work.weight
-    z = work.targets.z  # (n, m)
-    variance = (z - z.mean(1, keepdim=True)).square().mean(1)
+    variance = work.targets.variance
     unexplained = (1 - explained) * work.power / variance.clamp_min(1e-300)
     own = {
         **work.fields.as_dict(),
@@ -137,10 +141,9 @@ def _emit(
     lattices = [_recounted(k, i, fields["kernel"], y, x) for i, k in enumerate(lattices)]
 
     left = work.fields.alive & (placement.kernel < 0)
-    left_unit, left_input, left_value = _left_over_weights(work, left)
     layer = ExtractedLayer(
         work.geometry, kernels.to(weight.dtype), lattices, padding, fields["kernel"], y, x,
-        fields["gain"], left_unit, left_input, left_value,
+        fields["gain"], *_left_over_weights(work, left),
         None if bias is None else axis.gather(bias.detach(), d),
     )  # fmt: skip
     described = [
@@ -168,10 +171,10 @@ def _null_fields(work: Search) -> dict[str, Tensor]:
     """The statistics of the own rows with their weights at shuffled inputs, one seed a unit."""
     generator = torch.Generator(work.device)
     parts: dict[str, list[Tensor]] = {name: [] for name in NULL_STATISTICS}
-    for start in range(0, len(work.weight), NULL_ROWS):
+    for some in row_chunks(*work.weight.shape):
         rows = [
             shuffled(work.weight[i : i + 1], generator.manual_seed(int(work.own[i])))
-            for i in range(start, min(start + NULL_ROWS, len(work.weight)))
+            for i in range(some.start, some.stop)
         ]
         measured = receptive_fields(torch.cat(rows), work.geometry, work.window)
         for name in NULL_STATISTICS:
@@ -182,21 +185,39 @@ def _null_fields(work: Search) -> dict[str, Tensor]:
 
 def _left_over_weights(work: Search, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Non-zeros of the left-over units of all processes, by unit: unit, input, value (nnz,)."""
-    rows = left.nonzero()[:, 0]
-    row, column = work.weight[rows].nonzero(as_tuple=True)
-    unit = work.own[rows][row]
+    units = left.nonzero()[:, 0]
     # Processes hold ascending units, so each one's non-zeros come after those of the ones before.
-    counts = torch.zeros(work.axis.size, dtype=torch.float64, device=work.device)
-    counts[work.axis.rank] = len(row)
-    counts = work.axis.sum(counts).long()
-    slot = torch.arange(len(row), device=work.device) + counts[: work.axis.rank].sum()
+    counts = torch.zeros(work.axis.size, dtype=torch.int64, device=work.device)
+    counts[work.axis.rank] = work.non_zeros[units].sum()
+    counts = work.axis.sum(counts)
     total = int(counts.sum())
-    values = work.weight[rows][row, column]
-    return (
-        work.join(slot, unit, total).long(),
-        work.join(slot, column, total).long(),
-        work.join(slot, values, total).to(work.weight.dtype),
-    )
+    _refuse_too_many(work, total)
+    slot = torch.arange(int(counts[work.axis.rank]), device=work.device)
+    slot += counts[: work.axis.rank].sum()
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for some in row_chunks(len(units), work.weight.shape[1]):
+        rows = work.weight[units[some]]
+        row, column = rows.nonzero(as_tuple=True)
+        unit = work.own[units[some]][row]
+        found.append((unit.int(), column.int(), rows[row, column]))
+    nothing = slot[:0].int(), slot[:0].int(), work.weight.new_empty(0)
+    own = (torch.cat(parts) for parts in zip(*(found or [nothing]), strict=True))
+    unit, column, value = (work.join(slot, part, total) for part in own)
+    return unit, column, value
+
+
+def _refuse_too_many(work: Search, num_weights: int) -> None:
+    """Raise InputError where left-over rows would be more than a process may hold of the layer."""
+    weight = work.weight
+    held = work.axis.shard(work.num_units, 0)
+    share = len(held) * weight.shape[1] * weight.itemsize
+    needed = num_weights * (weight.itemsize + 2 * torch.int32.itemsize)
+    if needed > share + BUFFER or num_weights > torch.iinfo(torch.int32).max:
+        raise InputError(
+            f"units that no kernel explains have {num_weights} weights, {needed / 2**20:.0f} MiB on "
+            f"every process, which holds {share / 2**20:.0f} MiB of the layer: there is no convolution "
+            "in it; prune more with prune.sparsity, lower extract.min_r2, or use fewer processes"
+        )
 
 
 def _recounted(lattice: Lattice, k: int, kernel: Tensor, y: Tensor, x: Tensor) -> Lattice:

@@ -8,7 +8,9 @@ of a kernel's sum. Normal equations are summed over processes; units' targets st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from dense2conv.structure.config import ExtractConfig
 from dense2conv.structure.grid import InputGrid
 from dense2conv.structure.locality import row_chunks
 
-MAX_MOMENTS = 1 << 26  # numbers of second moments held: 512 MiB in float64
+MAX_MOMENTS = 1 << 24  # numbers of second moments held: 128 MiB in float64
 MAX_ITERATIONS = 30
+_PRODUCT = 8  # times CHUNK_NUMBERS: of rows and of samples that are multiplied
 COARSE = 1e-4  # relative change of kernels at which a trial has settled
 RIDGE = 1e-10  # of the mean tap power, towards the kernel of the step before
 NUM_CANDIDATES = 256  # units whose own kernel is tried as a new one
@@ -32,8 +35,9 @@ MIN_POWER = 1e-200  # of taps that see nothing: its ridge must have a finite rec
 class Targets:
     """Linear outputs of the own units on the training inputs, without bias.
 
-    cells: (C, H·W, M) inputs on their grid, z: (n, M) float64. Samples come last, so that a patch
-    is a choice of rows.
+    cells: (C, H·W, M) inputs on their grid; no copy of inputs that are an image whose samples lie
+    next to each other. z: (n, M), computed in float64 and kept in the precision of the weights.
+    Samples come last, so that a patch is a choice of rows.
     """
 
     cells: Tensor
@@ -42,21 +46,40 @@ class Targets:
     @classmethod
     def of(cls, weight: Tensor, inputs: Tensor, grid: InputGrid) -> Targets:
         """weight: (n, D) own rows; inputs: (M, D)."""
-        z = torch.empty(len(weight), len(inputs), dtype=torch.float64, device=inputs.device)
-        rows = weight.double()
-        for some in row_chunks(len(inputs), inputs.shape[1]):
-            z[:, some] = rows @ inputs[some].double().T
+        digits = torch.promote_types(weight.dtype, torch.float32)
+        z = weight.new_empty(len(weight), len(inputs), dtype=digits)
+        # Larger pieces than elsewhere: each of the rows meets each of the samples.
+        for some in row_chunks(len(weight), weight.shape[1] // _PRODUCT):
+            rows = weight[some].double()
+            for samples in row_chunks(len(inputs), inputs.shape[1] // _PRODUCT):
+                z[some, samples] = (rows @ inputs[samples].double().T).to(z.dtype)
         return cls(grid.scatter(inputs).flatten(2).permute(1, 2, 0).contiguous(), z)
 
-    @property
+    @cached_property
     def power(self) -> Tensor:
-        """(n,) mean square of each target."""
-        return self.z.square().mean(1)
+        """(n,) float64 mean square of each target."""
+        return self._mean_squares(lambda z: z)
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """(n,) of each target."""
+        return self._mean_squares(lambda z: z - z.mean(1, keepdim=True))
+
+    def _mean_squares(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        means = self.z.new_empty(len(self.z), dtype=torch.float64)
+        for some in row_chunks(*self.z.shape):
+            means[some] = of(self.z[some].double()).square().mean(1)
+        return means
+
+    def columns(self, units: Tensor) -> Tensor:
+        """(n, M, 1) float64: the targets of some own units."""
+        return self.z[units, :, None].double()
 
     def patches(self, grid: InputGrid, y: Tensor, x: Tensor, half: int, padding: str) -> Tensor:
         """(n, p, M) float64: what a kernel at each place sees."""
         taps = grid.window(y, x, half, padding)  # (n, s²)
-        seen = self.z.new_empty(len(taps), len(self.cells), *taps.shape[1:], self.z.shape[1])
+        shape = len(taps), len(self.cells), taps.shape[1], self.z.shape[1]
+        seen = self.z.new_empty(shape, dtype=torch.float64)
         for channel, rows in enumerate(self.cells):
             seen[:, channel] = rows[taps.clamp_min(0)]
         outside = (taps < 0).nonzero()
@@ -90,13 +113,12 @@ class Moments:
     ) -> Moments:  # fmt: skip
         """units: indices among the own ones; y, x: their places."""
         p, num_samples = grid.channels * (2 * half + 1) ** 2, targets.z.shape[1]
-        taps = targets.z.new_zeros(len(units), p, p)
-        cross = targets.z.new_zeros(len(units), p)
+        taps = targets.power.new_zeros(len(units), p, p)
+        cross = taps.new_zeros(len(units), p)
         for rows in row_chunks(len(units), num_samples * p):
             patches = targets.patches(grid, y[rows], x[rows], half, padding)
             taps[rows] = patches @ patches.mT / num_samples
-            z = targets.z[units[rows], :, None]  # (chunk, M, 1)
-            cross[rows] = (patches @ z)[..., 0] / num_samples
+            cross[rows] = (patches @ targets.columns(units[rows]))[..., 0] / num_samples
         return cls(taps, cross, targets.power[units])
 
     def fit(self, kernels: Tensor) -> Fit:
@@ -131,12 +153,11 @@ def evaluate(
     """As Moments.fit for some own units at places y and x, streamed; kernels: (K, C, s, s)."""
     half, num_samples = kernels.shape[-1] // 2, targets.z.shape[1]
     flat = kernels.flatten(1)  # (K, p)
-    product = targets.z.new_zeros(len(y), len(kernels))
+    product = targets.power.new_zeros(len(y), len(kernels))
     norm = torch.zeros_like(product)
     for rows in row_chunks(len(y), num_samples * max(1, flat.shape[1])):
         response = flat @ targets.patches(grid, y[rows], x[rows], half, padding)  # (chunk, K, M)
-        z = targets.z[units[rows], :, None]  # (chunk, M, 1)
-        product[rows] = (response @ z)[..., 0] / num_samples
+        product[rows] = (response @ targets.columns(units[rows]))[..., 0] / num_samples
         norm[rows] = response.square().mean(2)
     return _fit(product, norm, targets.power[units])
 
@@ -177,12 +198,12 @@ def _solve(moments: Moments, kernels: Tensor, label: Tensor, gain: Tensor, axis:
     """Kernels given labels and gains, scaled to an rms gain of 1 and a positive largest tap."""
     num_kernels, p = kernels.shape
     sums = kernels.new_zeros(num_kernels, p * p + p + 2)
-    for k in range(num_kernels):
-        mine = (label == k) & (gain != 0)
-        squares = gain[mine].square()
-        sums[k, : p * p] = (squares @ moments.taps[mine].flatten(1)) if bool(mine.any()) else 0
-        sums[k, p * p : -2] = gain[mine] @ moments.cross[mine]
-        sums[k, -2], sums[k, -1] = squares.sum(), mine.sum()
+    # Of every unit, 0 where it is another kernel's: choosing the units' moments would copy them.
+    gains = gain * (label == torch.arange(num_kernels, device=label.device)[:, None])  # (K, n)
+    squares = gains.square()
+    sums[:, : p * p] = squares @ moments.taps.flatten(1)
+    sums[:, p * p : -2] = gains @ moments.cross
+    sums[:, -2], sums[:, -1] = squares.sum(1), gains.count_nonzero(dim=1)
     sums = axis.sum(sums)
     system = sums[:, : p * p].unflatten(1, (p, p))  # (K, p, p)
     power = system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(MIN_POWER)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dense2conv.shapes import Geometry, InputError
 
-CHUNK_NUMBERS = 1 << 21  # numbers in one temporary: 16 MiB in float64
+CHUNK_NUMBERS = 1 << 18  # numbers in one temporary: 2 MiB in float64, which a core's cache holds
 
 
 @dataclass

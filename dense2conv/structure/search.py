@@ -27,7 +27,7 @@ from dense2conv.structure.fitting import (
 )
 from dense2conv.structure.grid import InputGrid
 from dense2conv.structure.lattice import Lattice, fit_lattice
-from dense2conv.structure.locality import receptive_fields
+from dense2conv.structure.locality import receptive_fields, row_chunks
 from dense2conv.structure.placement import Placement, agreement, place_units
 from dense2conv.structure.translation import Crops, crops, cut_kernels, find_templates, kernel_side
 
@@ -56,7 +56,9 @@ class Search:
         self.fields = receptive_fields(self.weight, geometry, self.window)
         self.targets = Targets.of(self.weight, inputs, self.grid)
         self.power = self.targets.power
-        self.non_zeros = self.weight.count_nonzero(dim=1)
+        self.non_zeros = torch.zeros_like(self.own)
+        for rows in row_chunks(*weight.shape):  # counting takes eight bytes a weight
+            self.non_zeros[rows] = self.weight[rows].count_nonzero(dim=1)
 
     # --- shared tools -----------------------------------------------------------------------------
 
@@ -66,8 +68,8 @@ class Search:
 
     def join(self, index: Tensor, values: Tensor, total: int) -> Tensor:
         """Rows that processes hold at ``index`` of ``total``, together on every process."""
-        whole = torch.zeros(total, *values.shape[1:], dtype=torch.float64, device=self.device)
-        whole[index] = values.double()
+        whole = torch.zeros(total, *values.shape[1:], dtype=values.dtype, device=self.device)
+        whole[index] = values
         return self.axis.sum(whole)
 
     def place(self, kernels: Tensor, padding: str) -> Placement:
@@ -124,7 +126,7 @@ class Search:
 
     def _sampled_crops(self, half: int, wanted: Tensor) -> Crops:
         """Crops of wanted (n,) units of all processes, at most ``sampled_units``."""
-        everywhere = self.join(self.own, wanted, self.num_units) > 0
+        everywhere = self.join(self.own, wanted.to(torch.uint8), self.num_units) > 0
         chosen = everywhere.nonzero()[:, 0]
         chosen = chosen[:: max(1, -(-len(chosen) // self.config.sampled_units))]
         here = torch.isin(chosen, self.own)
@@ -133,10 +135,10 @@ class Search:
             here.nonzero()[:, 0],
         )
         y, x = self.fields.centre_y[index], self.fields.centre_x[index]
-        own = crops(self.weight[index], self.geometry, y, x, half)
+        own = crops(self.weight, self.geometry, y, x, half, index)
         joined = [
             self.join(slot, tensor, len(chosen))
-            for tensor in (own.values, own.count, own.energy, own.clear)
+            for tensor in (own.values, own.count, own.energy, own.clear.to(torch.uint8))
         ]
         return Crops(joined[0], joined[1], joined[2], joined[3] > 0)
 

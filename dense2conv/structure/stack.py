@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dense2conv.files import write_atomically
@@ -114,19 +115,19 @@ def save(stack: ExtractedStack, folder: Path | str, extra: dict[str, Any] | None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in stack.state_dict().items()}
-    payload = tensors_to_bytes(tensors)
+    write_atomically(folder / TENSORS_NAME, partial(save_file, tensors))
+    with (folder / TENSORS_NAME).open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     structure = {
         "format": FORMAT,
         "tensors": TENSORS_NAME,
-        "sha256": hashlib.sha256(payload).hexdigest(),
+        "sha256": checksum,
         "nonlinearity": stack.nonlinearity,
         "layers": {name: _structure(layer) for name, layer in stack.layers.items()},
         "standardised": list(stack.standardise),
         "extra": extra or {},
     }
-    text = json.dumps(structure, indent=2, ensure_ascii=False)
-    write_atomically(folder / TENSORS_NAME, payload)
-    write_atomically(folder / JSON_NAME, text)
+    write_atomically(folder / JSON_NAME, json.dumps(structure, indent=2, ensure_ascii=False))
 
 
 def _structure(layer: nn.Module) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Crops:
     """What is known of each unit, small enough to be gathered from all processes.
 
     values  (n, C, S, S) weights around the centre, those sharing a cell summed, 0 outside
-    count   (n, C, 2S-1, 2S-1) inputs in each cell around it, 0 outside the image: a validity mask
+    count   (n, C, 2S-1, 2S-1) inputs in each cell around it, 0 outside the image: a validity mask;
+            in float32, which holds whole numbers well enough
     energy  (n,) sum w² of the whole row, inside the crop or not
     clear   (n,) bool: the field does not touch the image's edge, so nothing of it is cut off
     """
@@ -54,20 +55,27 @@ class Crops:
 
 
 def crops(
-    weight: Tensor, geometry: Geometry, centre_y: Tensor, centre_x: Tensor, half: int
+    weight: Tensor,
+    geometry: Geometry,
+    centre_y: Tensor,
+    centre_x: Tensor,
+    half: int,
+    units: Tensor | None = None,
 ) -> Crops:
-    """Cut a (2·half + 1)² window around the centre of every row.
+    """Cut a (2·half + 1)² window around the centre of every row, or of rows ``units`` (n,).
 
-    weight: (n, D); centre_y, centre_x: (n,) int64. Result in float64, on the weight's device.
+    weight: (·, D); centre_y, centre_x: (n,) int64. Result in float64, on the weight's device.
     """
+    units = torch.arange(len(weight), device=weight.device) if units is None else units
     grid = InputGrid(geometry, weight.device)
     side, wide = 2 * half + 1, 4 * half + 1
     values, energy, clear = [], [], []
-    for rows in row_chunks(len(weight), max(weight.shape[1], grid.num_cells)):
-        image = grid.scatter(weight[rows].double())  # (chunk, C, H, W)
+    for rows in row_chunks(len(units), max(weight.shape[1], grid.num_cells)):
+        own = weight[units[rows]].double()  # (chunk, D)
+        image = grid.scatter(own)  # (chunk, C, H, W)
         taps = grid.window(centre_y[rows], centre_x[rows], half, "zeros")
         values.append(grid.gather_own(image, taps).unflatten(2, (side, side)))
-        energy.append(weight[rows].double().square().sum(1))
+        energy.append(own.square().sum(1))
         mass = image.abs().sum(1)  # (chunk, H, W)
         ring = mass.sum((1, 2)) - mass[:, 1:-1, 1:-1].sum((1, 2))
         clear.append(ring <= CLEAR_SHARE * mass.sum((1, 2)))
@@ -75,11 +83,11 @@ def crops(
         nothing = weight.new_zeros(0, dtype=torch.float64)
         return Crops(
             nothing.view(0, 1, 1, 1).expand(0, grid.channels, side, side),
-            nothing.view(0, 1, 1, 1).expand(0, grid.channels, wide, wide),
+            nothing.view(0, 1, 1, 1).expand(0, grid.channels, wide, wide).float(),
             nothing,
             nothing.bool(),
         )
-    count = grid.gather(grid.count, grid.window(centre_y, centre_x, 2 * half, "zeros"))
+    count = grid.gather(grid.count.float(), grid.window(centre_y, centre_x, 2 * half, "zeros"))
     return Crops(
         torch.cat(values), count.unflatten(2, (wide, wide)), torch.cat(energy), torch.cat(clear)
     )
@@ -98,11 +106,11 @@ def correlations(units: Crops, templates: Tensor) -> tuple[Tensor, Tensor, Tenso
     """
     num_kernels, side = len(templates), templates.shape[-1]
     best, shift = [], []
-    size = num_kernels * side * side
-    for rows in row_chunks(len(units), max(size, units.count[:1].numel())):
+    size = max(num_kernels, units.count.shape[1]) * units.count.shape[-1] ** 2
+    for rows in row_chunks(len(units), size):
         values = F.pad(units.values[rows], (side // 2,) * 4)  # (n, C, 2S-1, 2S-1)
         product = _correlate(values, templates)  # (n, K, S, S)
-        shown = _correlate(units.count[rows], templates.square())  # (n, K, S, S)
+        shown = _correlate(units.count[rows].double(), templates.square())  # (n, K, S, S)
         total = templates.square().sum((1, 2, 3)).view(1, -1, 1, 1)
         norm = (shown * units.energy[rows].view(-1, 1, 1, 1)).clamp_min(1e-300).sqrt()
         value = (product / norm * (shown >= MIN_OVERLAP * total)).flatten(2)  # (n, K, S²)
@@ -132,21 +140,26 @@ def _correlate(images: Tensor, templates: Tensor) -> Tensor:
 
 
 def aligned_mean(
-    units: Crops, correlation: Tensor, shift_y: Tensor, shift_x: Tensor
+    units: Crops, members: Tensor, correlation: Tensor, shift_y: Tensor, shift_x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Least-squares template of units at given shifts, and their mean |weights| around it.
+    """Least-squares template of some units at given shifts, and their summed |weights| around it.
 
-    All (n,). With g = correlation·|w| as gains: T(p) = sum g S(p + s) / sum g² count(p + s).
-    Returns (C, S, S) and (S, S).
+    members: (k,) indices; the others (n,). With g = correlation·|w| as gains:
+    T(p) = sum g S(p + s) / sum g² count(p + s). Returns (C, S, S) and (S, S).
     """
     side = units.values.shape[-1]
-    half = side // 2
-    gain = (correlation * units.energy.sqrt()).view(-1, 1, 1, 1)
-    values = _shifted(F.pad(units.values, (half,) * 4), shift_y, shift_x, side)
-    count = _shifted(units.count, shift_y, shift_x, side)
-    template = (gain * values).sum(0) / (gain.square() * count).sum(0).clamp_min(1e-300)
-    scale = units.energy.sqrt().clamp_min(1e-300).view(-1, 1, 1)
-    return template, (values.abs().sum(1) / scale).sum(0)
+    product, norm = (units.values.new_zeros(units.values.shape[1:]) for _ in range(2))
+    mass = units.values.new_zeros(side, side)
+    for rows in row_chunks(len(members), units.count[:1].numel()):
+        some = members[rows]
+        part, shift = units.select(some), (shift_y[some], shift_x[some])
+        scale = part.energy.sqrt().view(-1, 1, 1, 1)
+        gain = correlation[some].view(-1, 1, 1, 1) * scale
+        values = _shifted(F.pad(part.values, (side // 2,) * 4), *shift, side)
+        product += (gain * values).sum(0)
+        norm += (gain.square() * _shifted(part.count, *shift, side)).sum(0)
+        mass += (values.abs() / scale.clamp_min(1e-300)).sum((0, 1))
+    return product / norm.clamp_min(1e-300), mass
 
 
 def _shifted(padded: Tensor, shift_y: Tensor, shift_x: Tensor, side: int) -> Tensor:
@@ -191,8 +204,9 @@ def _leaders(units: Crops, max_kernels: int, min_correlation: float, min_units: 
     template: the aligned mean of its members. Deterministic.
     """
     side, channels = units.values.shape[-1], units.values.shape[1]
-    left = units.energy > 0
-    leads = left & units.clear if bool((left & units.clear).any()) else left.clone()
+    alive = units.energy > 0
+    leads = alive & units.clear if bool((alive & units.clear).any()) else alive
+    left = alive & (_largest_correlation(units) >= min_correlation)
     values: list[Tensor] = []
     mass: list[Tensor] = []
     sizes: list[int] = []
@@ -204,8 +218,12 @@ def _leaders(units: Crops, max_kernels: int, min_correlation: float, min_units: 
         open_units = units.select(rest)
         scale = units.energy[tried].sqrt().view(-1, 1, 1, 1)
         correlation = correlations(open_units, units.values[tried] / scale)[0].abs()
-        similar = (correlation * (correlation >= min_correlation)).sum(0)  # (tried,)
+        like = correlation >= min_correlation
+        similar = (correlation * like).sum(0)  # (tried,)
         chosen = int((similar.round(decimals=6)).argmax())
+        if int(like[:, chosen].sum()) < min(2, min_units):
+            leads[tried] = False  # nobody but itself
+            continue
         template = units.values[tried[chosen]] / scale[chosen]
         for _ in range(NUM_REFINEMENTS + 1):
             found, shift_y, shift_x = (v[:, 0] for v in correlations(open_units, template[None]))
@@ -214,15 +232,13 @@ def _leaders(units: Crops, max_kernels: int, min_correlation: float, min_units: 
             trusted = trusted if bool(trusted.any()) else member
             if not bool(trusted.any()):
                 break
-            template, around = aligned_mean(
-                open_units.select(trusted), found[trusted], shift_y[trusted], shift_x[trusted]
-            )
+            members = trusted.nonzero()[:, 0]
+            template, around = aligned_mean(open_units, members, found, shift_y, shift_x)
         if int(member.sum()) >= min_units:
             values.append(template)
             mass.append(around / trusted.sum())
             sizes.append(int(member.sum()))
-            left[rest[member]] = False
-            leads &= left
+            left[rest[member]] = leads[rest[member]] = False
             leads[tried[chosen]] = False
         else:
             leads[tried] = False
@@ -232,6 +248,21 @@ def _leaders(units: Crops, max_kernels: int, min_correlation: float, min_units: 
         torch.stack(mass) if mass else empty[:, 0],
         torch.tensor(sizes, dtype=torch.int64),
     )
+
+
+def _largest_correlation(units: Crops) -> Tensor:
+    """(n,) what no correlation of a unit exceeds: the root of the energy's share inside the crop.
+
+    Of a row that is spread over the image next to nothing is, and nobody has to be compared with it.
+    """
+    half = units.values.shape[-1] // 2
+    bound = []
+    for rows in row_chunks(len(units), max(1, units.values[:1].numel())):
+        count = F.pad(units.count[rows].double(), (-half,) * 4)  # (chunk, C, S, S)
+        inside = (units.values[rows].square() / count.clamp_min(1)).sum((1, 2, 3))
+        bound.append((inside / units.energy[rows].clamp_min(1e-300)).sqrt())
+    # Rounding must not exclude a unit whose crop is all of it.
+    return torch.cat(bound or [units.energy]) + 1e-6
 
 
 def kernel_side(templates: Templates, share: float, max_side: int) -> int:

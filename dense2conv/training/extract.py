@@ -6,13 +6,14 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dense2conv.data import ImageSource, add_input_noise
+from dense2conv.data import Images, ImageSource, add_input_noise
 from dense2conv.models import DenseLayer
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding, ObjectiveConfig
@@ -28,15 +29,17 @@ from dense2conv.structure import (
 )
 from dense2conv.training.checkpoint import extra_of, latest
 from dense2conv.training.config import Config
-from dense2conv.training.prune import load_newest
+from dense2conv.training.prune import load_newest, magnitude
 from dense2conv.training.run_folder import RunFolder
 from dense2conv.training.tuning import tune
 from dense2conv.training.verification import (
     NUM_HELD_OUT,
+    PIECE,
     HeldOut,
     controls,
     explained,
     held_out,
+    in_pieces,
     whitening_gain,
 )
 
@@ -63,8 +66,9 @@ def extract(config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource) 
     steered = extra_of(newest).get("lambda", {}) if newest else {}
 
     geometry = source.geometry
-    train = source.training_sample(config.extract.samples).to(flat.device, dense.dtype)  # (m, D)
-    test = source.held_out(NUM_HELD_OUT).to(train)
+    like = dense.layer(0).weight.detach()
+    train = _images(source, source.read_training_sample, config.extract.samples, like)  # (m, D)
+    test = _images(source, source.read_held_out, NUM_HELD_OUT, like)
     tuned_train, tuned_test = train, test  # what the layer is shown inside the tuned network
     untuned, tuned = (ExtractedStack(config.model.nonlinearity) for _ in range(2))
     layers: list[dict[str, Any]] = []
@@ -76,7 +80,8 @@ def extract(config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource) 
         found = extract_layer(
             layer.weight, layer.bias, layer.num_units, geometry, train, config.extract, flat.tp
         )
-        conv, tuned_conv = found.layer, copy.deepcopy(found.layer)
+        conv = found.layer
+        tuned_conv = copy.deepcopy(conv, {id(shared): shared for shared in conv.buffers()})
         figures = {"name": name, "lambda": objective.l1, **_describe(layer, found, flat.tp)}
         log.info(
             "extract %s: %d units, %d kernels of side %d, %s padding, %.0f %% left over; tuning %d steps",
@@ -111,18 +116,34 @@ def extract(config: Config, mesh: Mesh, folder: RunFolder, source: ImageSource) 
         else:
             mean = flat.tp.gather(normaliser.mean, layer.num_units)
             untuned.append(conv, mean, normaliser.scale)
-            tuned.append(tuned_conv, *_moments(dense.activation(tuned_conv(tuned_train))))
+            shown = dense.activation(in_pieces(tuned_conv, tuned_train))
+            tuned.append(tuned_conv, *_moments(shown))
         if i + 1 in dense.indices:
-            tuned_train, tuned_test = (
-                tuned.inputs_of_next(x, name) for x in (tuned_train, tuned_test)
+            above = partial(tuned.inputs_of_next, name=name)
+            tuned_train, tuned_test = (in_pieces(above, x) for x in (tuned_train, tuned_test))
+            train, test = (
+                dense.join(i + 1, dense.emit(i, in_pieces(layer, x))) for x in (train, test)
             )
-            train, test = (dense.join(i + 1, dense.emit(i, layer(x))) for x in (train, test))
             geometry = found.geometry
     if mesh.is_main:
         save(tuned, folder.extracted, {"run": config.run.name, "tuned_steps": config.tune.steps})
         save(untuned, folder.extracted / "untuned", {"run": config.run.name, "tuned_steps": 0})
         np.savez_compressed(folder.extracted / "analysis.npz", **fields)
     return {**layers[0], "layers": layers}
+
+
+def _images(
+    source: ImageSource, read: Callable[[int, range], Images], num: int, like: Tensor
+) -> Tensor:
+    """(num, D) standardised images, made in pieces, on the device and in the precision of ``like``.
+
+    Each input's samples lie next to each other, as ``structure`` reads them: it needs no copy.
+    """
+    x = like.new_empty(len(source.geometry), num).T  # (num, D)
+    for start in range(0, num, PIECE):
+        rows = range(start, min(start + PIECE, num))
+        x[rows.start : rows.stop] = source.standardise(read(num, rows).pixels.to(like.device))
+    return x
 
 
 def _moments(activations: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +175,8 @@ def _tuning_inputs(
 def _describe(layer: DenseLayer, found: LayerExtraction, axis: Axis) -> dict[str, Any]:
     """What the layer's weights look like, over all its units, dead ones counted."""
     d, kernel, alive = layer.num_units, found.fields["kernel"], found.fields["alive"]
-    num_zeros = float(axis.sum((layer.weight == 0).sum(dtype=torch.float64)))
+    num_weights = d * layer.num_inputs
+    num_zeros = num_weights - int(axis.sum(layer.weight.count_nonzero()))
     placed = kernel >= 0
     pairs = torch.stack([found.fields[key] for key in ("kernel", "place_y", "place_x")], dim=1)
 
@@ -162,12 +184,11 @@ def _describe(layer: DenseLayer, found: LayerExtraction, axis: Axis) -> dict[str
         values = found.fields[key][alive]
         return float(values.median()) if len(values) else None
 
-    num_weights = layer.num_inputs * d + (d if layer.bias is not None else 0)
     radius = median("radius")
     return {
         "num_units": d,
         "num_inputs": layer.num_inputs,
-        "zero_fraction": num_zeros / (d * layer.num_inputs),
+        "zero_fraction": num_zeros / num_weights,
         "dead_fraction": 1 - float(alive.double().mean()),
         "median_radius": radius,
         "random_radius": found.random_radius,
@@ -192,8 +213,8 @@ def _describe(layer: DenseLayer, found: LayerExtraction, axis: Axis) -> dict[str
             for channel in found.channels
         ],
         "padding": found.padding,
-        "num_weights_dense": num_weights,
-        "num_nonzeros_dense": round(d * layer.num_inputs - num_zeros),
+        "num_weights_dense": num_weights + (0 if layer.bias is None else d),
+        "num_nonzeros_dense": num_weights - num_zeros,
         "num_weights_conv": found.layer.num_weights,
     }
 
@@ -208,8 +229,9 @@ class _Judge:
 
     def dense(self, layer: DenseLayer, train: Tensor, test: Tensor) -> dict[str, Any]:
         """The dense layer, and the controls beside it."""
-        norm = float(self.axis.sum(layer.weight.abs().sum(dtype=torch.float64)))
-        value = held_out(self.objective, layer(test), norm, self.l1, layer.num_units, self.layout)
+        norm = magnitude(layer, self.axis)
+        z = in_pieces(layer, test)  # (m, d/tp)
+        value = held_out(self.objective, z, norm, self.l1, layer.num_units, self.layout)
         control = controls(self.config, train, test, layer.num_units)
         figures = self._named("dense", value) | {"whitening_gain": whitening_gain(value, control)}
         for name in ("identity", "zca"):
@@ -219,15 +241,15 @@ class _Judge:
     def conv(self, name: str, layer: ExtractedLayer, test: Tensor) -> dict[str, Any]:
         """The extracted layer, whole on every process; L1 counts its weights unrolled."""
         norm = float(layer.unrolled_l1())
-        value = held_out(self.objective, layer(test), norm, self.l1, layer.num_units)
+        value = held_out(self.objective, in_pieces(layer, test), norm, self.l1, layer.num_units)
         return self._named(name, value)
 
     def likeness(self, dense: DenseLayer, conv: ExtractedLayer, test: Tensor) -> dict[str, Any]:
         """R² of the dense units by the extracted ones: all units, and those with a whole window."""
-        target = dense(test)  # (m, d/tp)
+        target = in_pieces(dense, test)  # (m, d/tp)
         own = slice(dense.units.start, dense.units.stop)
         interior, left_over = conv.interior[own], conv.kernel[own] < 0
-        residual = target - conv(test)[:, own]
+        residual = target - in_pieces(lambda x: conv(x)[:, own], test)
         # A left-over unit is kept as it was; it is scored as if only its mean were known.
         residual[:, left_over] = (target - target.mean(0))[:, left_over]
         return {

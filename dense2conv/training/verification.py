@@ -14,6 +14,7 @@ from dense2conv.objectives import EfficientCoding, ObjectiveConfig
 from dense2conv.shapes import SINGLE, Layout
 
 NUM_HELD_OUT = 4096
+PIECE = 256  # samples that a layer is shown at once
 _MAX_CONTROL_INPUTS = 4096  # ZCA needs the D×D covariance
 _NO_GAIN = 0.01  # nats a unit; whitening that gains less is no yardstick
 
@@ -23,6 +24,11 @@ class HeldOut(NamedTuple):
 
     rate_minus_power: float
     objective: float
+
+
+def in_pieces(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``layer`` of many samples (m, D), a few at a time: what it makes on the way stays small."""
+    return torch.cat([layer(piece) for piece in x.split(PIECE)])
 
 
 def held_out(

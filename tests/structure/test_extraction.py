@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dense2conv.shapes import Axis, Geometry, ImageShape, InputError
-from dense2conv.structure import ExtractConfig, extract_layer
+from dense2conv.structure import ExtractConfig, extract_layer, extraction
 from tests.structure.planted import (
     convolution,
     extract,
@@ -300,3 +300,17 @@ def test_kernel_with_more_taps_than_its_units_have_weights_is_none() -> None:
     assert found.layer.num_kernels == 0
     assert found.layer.num_weights == 12
     torch.testing.assert_close(found.layer(inputs), inputs @ weight.T)
+
+
+def test_left_over_rows_that_are_too_many_are_refused(monkeypatch) -> None:
+    g = generator(11)
+    weight = torch.randn(60, 144, generator=g, dtype=torch.float64)
+    geometry = Geometry.of_image(ImageShape(1, 12, 12))
+    inputs = torch.randn(100, 144, generator=g, dtype=torch.float64)
+    assert len(extract(weight, geometry, inputs).layer.left_units) == 60
+    # A weight takes 8 bytes where it is held, and 16 as one of a left-over row.
+    monkeypatch.setattr(extraction, "BUFFER", weight.nbytes - 1)
+    with pytest.raises(InputError, match=r"8640 weights.*no convolution.*prune\.sparsity"):
+        extract(weight, geometry, inputs)
+    monkeypatch.setattr(extraction, "BUFFER", weight.nbytes)
+    extract(weight, geometry, inputs)

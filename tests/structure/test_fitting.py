@@ -75,3 +75,15 @@ def test_grow_adds_what_is_missing_and_drops_what_is_idle() -> None:
     idle[:, [0, 4, 8]] = torch.eye(3, dtype=torch.float64) * 1e-3
     noisy = flat[0] + 0.01 * torch.randn(3, 9, generator=generator(7)).double()
     assert same_up_to_gain(grown(moments, torch.cat([idle, flat, noisy])), kernels)
+
+
+def test_images_whose_samples_lie_together_are_not_copied() -> None:
+    weight, _, geometry = planted_layer(2, 3, 1, "zeros", size=8, num_dead=0)
+    inputs = smooth_images(50, geometry)
+    together = inputs.T.contiguous().T  # the same (m, D), another order in memory
+    ours, copied = (Targets.of(weight, x, InputGrid(geometry)) for x in (together, inputs))
+    assert ours.cells.data_ptr() == together.data_ptr()
+    assert torch.equal(ours.cells, copied.cells)
+    torch.testing.assert_close(ours.z, weight @ inputs.T)
+    torch.testing.assert_close(ours.power, ours.z.square().mean(1))
+    torch.testing.assert_close(ours.variance, ours.z.var(1, correction=0))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dense2conv.shapes import Geometry, ImageShape
-from dense2conv.structure import Lattice, fit_lattice, receptive_fields
+from dense2conv.structure import Lattice, fit_lattice, receptive_fields, translation
 from dense2conv.structure.grid import InputGrid, fold
 from dense2conv.structure.placement import place_units, prediction_energy
-from dense2conv.structure.translation import correlations, crops, find_templates
+from dense2conv.structure.translation import aligned_mean, correlations, crops, find_templates
 from tests.structure.planted import convolution, generator, planted_layer, unroll
 
 
@@ -70,6 +70,65 @@ def test_templates_need_enough_units() -> None:
     assert len(find_templates(units, 8, 0.8, 4).values) == 2
     assert len(find_templates(units, 1, 0.8, 4).values) == 1
     assert len(find_templates(units, 8, 0.8, 999).values) == 0
+
+
+def _crowded_units(half: int = 2):
+    """Crops of rows of all kinds of spread, on a grid whose cells hold up to three inputs."""
+    g = generator(6)
+    shape, cell = ImageShape(2, 7, 8), torch.randint(112, (150,), generator=g)
+    geometry = Geometry(shape, cell // 56, cell % 56 // 8, cell % 8)
+    weight = torch.randn(40, 150, generator=g, dtype=torch.float64)
+    weight *= torch.rand(40, 1, generator=g) ** 3 > torch.rand(40, 150, generator=g)
+    fields = receptive_fields(weight, geometry)
+    return crops(weight, geometry, fields.centre_y, fields.centre_x, half)
+
+
+def test_no_correlation_exceeds_its_bound() -> None:
+    units = _crowded_units()
+    bound = translation._largest_correlation(units)
+    templates = torch.cat([units.values, torch.randn(60, 2, 5, 5, generator=generator(8)).double()])
+    found = correlations(units, templates)[0].abs().amax(1)
+    assert bool((found <= bound).all())
+    assert float((found / bound).amax()) > 0.8  # and it is no idle one
+
+
+@pytest.mark.parametrize("min_correlation", [0.5, 0.8, 0.999])
+def test_units_that_cannot_match_are_left_out_without_a_difference(
+    min_correlation, monkeypatch
+) -> None:
+    weight, _, geometry = planted_layer(3, 3, 1, "zeros", size=9)
+    noise = torch.randn(weight.shape, generator=generator(9), dtype=torch.float64)
+    weight[::3] += 0.3 * noise[::3]  # a third of the units is spread all over the image
+    fields = receptive_fields(weight, geometry)
+    units = crops(weight, geometry, fields.centre_y, fields.centre_x, half=2)
+    quick = find_templates(units, 8, min_correlation, 4)
+    monkeypatch.setattr(
+        translation, "_largest_correlation", lambda units: torch.ones_like(units.energy)
+    )
+    slow = find_templates(units, 8, min_correlation, 4)
+    assert len(quick.values) > 0
+    torch.testing.assert_close(quick.values, slow.values)
+    assert torch.equal(quick.num_units, slow.num_units)
+
+
+def test_aligned_mean_is_least_squares_whatever_the_pieces(monkeypatch) -> None:
+    units = _crowded_units()
+    members = torch.tensor([0, 3, 4, 11, 30])
+    g = generator(10)
+    correlation = torch.rand(40, generator=g, dtype=torch.float64) - 0.5
+    y, x = torch.randint(-2, 3, (2, 40), generator=g)
+    monkeypatch.setattr("dense2conv.structure.locality.CHUNK_NUMBERS", 400)
+    template, _ = aligned_mean(units, members, correlation, y, x)
+    product, norm = torch.zeros(2, 2, 5, 5, dtype=torch.float64)
+    for i in members.tolist():
+        gain = correlation[i] * units.energy[i].sqrt()
+        for a in range(5):
+            for b in range(5):
+                row, column = a + int(y[i]), b + int(x[i])
+                norm[:, a, b] += gain**2 * units.count[i, :, row + 2, column + 2]
+                if 0 <= row < 5 and 0 <= column < 5:
+                    product[:, a, b] += gain * units.values[i, :, row, column]
+    torch.testing.assert_close(template, product / norm.clamp_min(1e-300))
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate", "circular"])

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from dense2conv.objectives import EfficientCoding, ObjectiveConfig
-from dense2conv.training.verification import controls, explained, held_out, whitening_gain
+from dense2conv.training.verification import (
+    controls,
+    explained,
+    held_out,
+    in_pieces,
+    whitening_gain,
+)
 
 CONFIG = ObjectiveConfig(noise_variance=0.05, l1=0.01)
 
@@ -67,3 +73,15 @@ def test_explained_is_r_squared_pooled_over_units():
     assert explained(target, torch.zeros(100, 3)) == 1
     assert explained(target, target - target.mean(0)) == pytest.approx(0, abs=1e-5)
     assert explained(target[:, 2:], target[:, 2:] * 0) is None
+
+
+def test_a_layer_is_shown_a_few_samples_at_a_time():
+    shown = []
+
+    def layer(x):
+        shown.append(len(x))
+        return 2 * x
+
+    x = torch.randn(600, 2)
+    assert torch.equal(in_pieces(layer, x), 2 * x)
+    assert shown == [256, 256, 88]
