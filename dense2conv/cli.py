@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import errno
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
 from dense2conv import __version__
 from dense2conv.bench.data import DataBench, bench_data
 from dense2conv.bench.doctor import Doctor, doctor
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.bench.step import StepBench, bench_step
+from dense2conv.configuration import closest, compose, config_folder, config_keys, load_config
 from dense2conv.parallel import Mesh, open_mesh
 from dense2conv.parallel.launch import (
     adopt_slurm,
@@ -37,6 +30,7 @@ from dense2conv.planner import PlanConfig, as_json, make_plan
 from dense2conv.planner import table as plan_table
 from dense2conv.report import write_comparison
 from dense2conv.shapes import InputError
+from dense2conv.sweeps import FLAGS, sweep
 from dense2conv.training.config import Config
 from dense2conv.training.metrics import glossary
 from dense2conv.training.run_folder import RunFolder
@@ -99,7 +93,7 @@ def _main(words: list[str]) -> int:
         return 0
     command, overrides = words[0], words[1:]
     if command not in COMMANDS:
-        raise InputError(f"command {command!r} is unknown{_closest(command, COMMANDS)}")
+        raise InputError(f"command {command!r} is unknown{closest(command, COMMANDS)}")
     if command == "bench":
         return _bench(overrides)
     if command == "doctor":
@@ -109,6 +103,10 @@ def _main(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in overrides):
         print(_help(command))
         return 0
+    if any(word in FLAGS for word in overrides):
+        if command != "train":
+            raise InputError(f"{command} takes one run at a time; --multirun goes with train")
+        return sweep([word for word in overrides if word not in FLAGS])
     if command == "report" and any("=" not in word for word in overrides):
         return _compare(overrides)
     config = load_config(command, overrides)
@@ -127,7 +125,7 @@ def _bench(words: list[str]) -> int:
         print(f"usage: dense2conv bench NAME [key=value …]\n\nNAME: {', '.join(BENCHES)}")
         return 0
     if name not in BENCHES:
-        raise InputError(f"benchmark {name!r} is unknown{_closest(str(name), BENCHES)}")
+        raise InputError(f"benchmark {name!r} is unknown{closest(str(name), BENCHES)}")
     return _measure(["bench", str(name)], words[1:], *BENCHES[str(name)])
 
 
@@ -138,7 +136,7 @@ def _measure(
     if any(word in ("-h", "--help") for word in words):
         print("\n".join(_key_lines(schema())))
         return 0
-    config: Any = OmegaConf.to_object(_compose(words, schema))
+    config: Any = OmegaConf.to_object(compose(words, schema))
     config.validate()
     if not inside_job() and config.parallel.world_size > 1:
         return run_local_ranks(config.parallel.world_size, [*command, *words])
@@ -165,104 +163,6 @@ def _compare(folders: list[str]) -> int:
         )
     print(write_comparison(Path(folders[0]), Path(folders[1])))
     return 0
-
-
-# ---- configuration
-# ---------------------------------------------------------------------------------
-
-
-def load_config(command: str, overrides: list[str], schema: type[Config] = Config) -> Config:
-    """Compose and check the configuration of a command.
-
-    A new run, or its plan, starts from the defaults and the groups in ``conf/``. Resumed runs and the
-    other commands start from what the run was trained with, and take the overrides on top.
-
-    Raises:
-        InputError: unknown or ill-typed keys, or values that contradict each other.
-    """
-    composed = _compose(overrides, run=schema)
-    # All processes look before any of them may make the folder, which takes all to be connected.
-    there = RunFolder(Path(composed.run.root) / composed.run.name).config.is_file()
-    resume = composed.resume or (composed.run.existing == "resume" and there)
-    if resume or command not in ("train", "plan"):
-        composed = _saved(composed, overrides, schema)
-    config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    config.resume = resume
-    config.validate()
-    return config
-
-
-def _compose(
-    overrides: list[str], schema: type | None = None, run: type[Config] = Config
-) -> DictConfig:
-    """A run's configuration from ``conf/``, or, of a ``schema``, its defaults; overrides on top."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=run)
-    if schema is not None:
-        store.store(name="bench", node=schema)
-    try:
-        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            return compose(config_name="bench" if schema else "config", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        keys = [key for key, _, _ in config_keys(schema() if schema else run())]
-        raise InputError(_explain(error, keys)) from error
-
-
-def _saved(composed: DictConfig, overrides: list[str], schema: type[Config]) -> DictConfig:
-    folder = RunFolder(Path(composed.run.root) / composed.run.name)
-    folder.require("run", folder.config, "train")
-    try:
-        saved = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(folder.config))
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise InputError(
-            f"{folder.config} is no configuration of a run: {_explain(error)}"
-        ) from error
-    for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+")
-        if OmegaConf.select(composed, key) is not None or "." in key:
-            OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=False)
-    assert isinstance(saved, DictConfig)
-    return saved
-
-
-def config_folder() -> Path:
-    """``conf/``: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
-
-
-def _explain(error: Exception, keys: Sequence[str] = ()) -> str:
-    """Hydra's message as one sentence, with the key that was probably meant."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause) not in str(error):
-        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
-    lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type)", line)]
-    message = " ".join(lines)
-    unknown = re.search(r"[Kk]ey '([\w.]+)'|Could not override '([\w.@]+)'", message)
-    if unknown and "not in" in message:
-        override = re.search(r"Could not override '([\w.]+)'", message)
-        key = override.group(1) if override else unknown.group(1)
-        return f"key {key!r} is unknown{_closest(key, keys)}"
-    return f"{message} (--help lists every key)"
-
-
-def _closest(word: str, choices: Any) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(choices)}"
-
-
-def config_keys(node: Any = None, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(key, default, help) of every key, read off the dataclasses."""
-    node = Config() if node is None else node
-    keys: list[tuple[str, Any, str]] = []
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            keys += config_keys(value, f"{prefix}{field.name}.")
-        else:
-            keys.append((f"{prefix}{field.name}", value, field.metadata.get("help", "")))
-    return keys
 
 
 def _overview() -> str:

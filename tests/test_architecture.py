@@ -14,10 +14,12 @@ FLOORS = {
     "planner": 3,
     "report": 4,
     "bench": 4,
+    "configuration": 4,
     "phases": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "sweeps": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 BELOW = {
     "nonlinearities": {"shapes"},
@@ -28,7 +30,7 @@ HOMES = {
     "deepspeed": {"parallel", "bench/step_rivals.py"},
     "fairscale": {"parallel", "bench/step_rivals.py"},
     "wandb": {"training/metrics.py"},
-    "hydra": {"cli.py"},
+    "hydra": {"configuration.py", "sweeps.py"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -62,6 +62,18 @@ class TrainConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What the runs of ``train --multirun`` are compared by."""
+
+    metric: str = field(
+        default="objective",
+        metadata={
+            "help": "of train --multirun: the figure of summary.json or metrics.jsonl to compare"
+        },
+    )
+
+
+@dataclass
 class Config:
     """Everything about a run."""
 
@@ -93,6 +105,7 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = field(
