@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from dense2conv.bench.data import DataBench, bench_data
 from dense2conv.bench.doctor import Doctor, doctor
 from dense2conv.bench.objective import ObjectiveBench, bench_objective
 from dense2conv.bench.step import StepBench, bench_step
+from dense2conv.completion import SHELLS, completion, key_words
 from dense2conv.configuration import closest, compose, config_folder, config_keys, load_config
 from dense2conv.parallel import Mesh, open_mesh
 from dense2conv.parallel.launch import (
@@ -43,8 +46,15 @@ COMMANDS = {
     "report": "write a run's report.html, or hold two beside each other: report runs/a runs/b",
     "plan": "memory, traffic and time of a run on a cluster: plan cluster=h200x8 nodes=16",
     "doctor": "versions, devices, the speed of each axis and of the disk: doctor parallel.tp=2",
+    "completion": "print what completes commands, keys and values in a shell: completion bash|zsh|fish",
     "bench": "measure speed and memory beside the best alternative: bench NAME",
 }
+RUN_COMMANDS = ("train", "prune", "extract", "report")
+_MULTIRUN = [
+    "       dense2conv train --multirun key=value,value …   a run for each combination",
+    "       … --multirun hydra/sweeper=search 'key=interval(from,to)'   a search",
+    "       … --multirun hydra/launcher=submitit_slurm   each run a job of Slurm",
+]
 BENCHES: dict[str, tuple[type, Callable[[Any, Mesh], None]]] = {
     "data": (DataBench, bench_data),
     "objective": (ObjectiveBench, bench_objective),
@@ -60,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first_rank else logging.ERROR, format="%(message)s")
     try:
-        return _main(words)
+        code = _main(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _unread()
     except InputError as error:
         if first_rank:
             print(f"dense2conv: {error}", file=sys.stderr)
@@ -84,6 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _unread() -> int:
+    """Whoever read our output, such as ``head``, has gone: end as other programs do, without a word."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        raise  # it was another pipe
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still unwritten
+    return 128 + signal.SIGPIPE
+
+
 def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -100,6 +124,8 @@ def _main(words: list[str]) -> int:
         return _measure(["doctor"], overrides, Doctor, doctor)
     if command == "plan":
         return _plan(overrides)
+    if command == "completion":
+        return _completion(overrides)
     if any(word in ("-h", "--help") for word in overrides):
         print(_help(command))
         return 0
@@ -155,6 +181,25 @@ def _plan(words: list[str]) -> int:
     return 0
 
 
+def _completion(words: list[str]) -> int:
+    if len(words) != 1 or words[0] in ("-h", "--help"):
+        print(
+            f"usage: dense2conv completion {'|'.join(SHELLS)}\n\nIts first line says where it goes."
+        )
+        return 0 if words else 2
+    offered = [("", command) for command in COMMANDS]
+    offered += [("completion", shell) for shell in SHELLS]
+    offered += [("bench", name) for name in BENCHES]
+    offered += [("train", FLAGS[-1])]
+    schemas: dict[str, Any] = dict.fromkeys(RUN_COMMANDS, Config)
+    schemas |= {"plan": PlanConfig, "doctor": Doctor}
+    schemas |= {f"bench {name}": schema for name, (schema, _) in BENCHES.items()}
+    for command, schema in schemas.items():
+        offered += [(command, word) for word in ["--help", *key_words(schema())]]
+    print(completion(words[0], offered, [*RUN_COMMANDS, "plan"]), end="")
+    return 0
+
+
 def _compare(folders: list[str]) -> int:
     if len(folders) != 2 or any("=" in folder for folder in folders):
         raise InputError(
@@ -187,14 +232,15 @@ def _help(command: str, config: Config | None = None) -> str:
     keys = _key_lines(config or Config())
     width = _key_width(config_keys(config))
     groups = []
-    for folder in sorted(p for p in config_folder().iterdir() if p.is_dir()):
-        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        groups.append(f"  {folder.name:{width}}  {names}")
+    for folder in sorted({file.parent for file in config_folder().glob("*/**/*.yaml")}):
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        groups.append(f"  {folder.relative_to(config_folder()).as_posix():{width}}  {names}")
     return "\n".join(
         [
             f"dense2conv {command}: {COMMANDS[command]}",
             "",
             f"usage: dense2conv {command} [group=choice …] [key=value …]",
+            *(_MULTIRUN if command == "train" else []),
             "",
             "groups (files in conf/):",
             *groups,

@@ -16,6 +16,7 @@ FLOORS = {
     "bench": 4,
     "configuration": 4,
     "phases": 5,
+    "completion": 5,
     "sweeps": 6,
     "cli": 7,
     "__main__": 8,
