@@ -146,6 +146,7 @@ def shares_of_the_step(
     if engine.takes_images:
         values["input_share"] = input_seconds / seconds
     if mesh.pp.size > 1 and mesh.device.type == "cpu":
-        waited = engine.pipeline.take_seconds_waited()
-        values[f"stage{mesh.pp.rank + 1}/utilisation"] = 1 - waited / seconds
+        waited = engine.take_seconds_waited()
+        if waited is not None:
+            values[f"stage{mesh.pp.rank + 1}/utilisation"] = 1 - waited / seconds
     return values

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from dense2conv.models import DenseStack, ModelConfig
 from dense2conv.objectives import EfficientCoding, ObjectiveConfig, Terms
 from dense2conv.parallel.mesh import Mesh, ParallelConfig
-from dense2conv.parallel.pipeline import Pipeline
 from dense2conv.shapes import InputError
 
 ENGINES = ("native", "fairscale", "deepspeed")
@@ -42,8 +41,6 @@ class Engine(Protocol):
     It owns the gradients from ``forward_backward`` to ``step``; every process calls its methods in
     the same order.
     """
-
-    pipeline: Pipeline
 
     @property
     def takes_images(self) -> bool:
@@ -74,6 +71,10 @@ class Engine(Protocol):
 
     def drain(self) -> None:
         """Wait until everything sent has arrived."""
+        ...
+
+    def take_seconds_waited(self) -> float | None:
+        """Seconds since the last call spent waiting for other stages; None where nobody counts."""
         ...
 
 

@@ -114,6 +114,9 @@ class NativeEngine:
     def drain(self) -> None:
         self.pipeline.drain()
 
+    def take_seconds_waited(self) -> float | None:
+        return self.pipeline.take_seconds_waited()
+
     def pieces(self, x: Tensor) -> Iterable[Tensor]:
         """The micro-batches, M pieces (m/dp/M, D), of own samples (m/dp, D)."""
         return x.chunk(self.microbatches)
