@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO on the data-parallel axis: optimizer state, gradients and weights in shards.
 
-A shard is a flat run of numbers that cuts through rows, so optimizer and proximal step must be
+It shards the units that are here, so layers spread over tp, whose traffic is their own, compose with
+it. A shard is a flat run of numbers that cuts through rows, so optimizer and proximal step must be
 elementwise. The soft threshold in the Euclidean metric is, and runs behind the optimizer's step on
 the shard, before DeepSpeed gathers the weights.
 """
@@ -23,14 +24,16 @@ from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import Terms
 from dense2conv.parallel.engines.engine import DeepspeedConfig
 from dense2conv.parallel.engines.native import NativeEngine
+from dense2conv.parallel.mesh import Mesh
+from dense2conv.shapes import WHOLE
 
 State = dict[Tensor, dict[str, Tensor]]  # of an optimizer, by parameter
 
 
 class DeepspeedEngine(NativeEngine):
-    """``NativeEngine`` on dp alone, its gradients and step being DeepSpeed's.
+    """``NativeEngine`` on one pipeline stage, its gradients and step being DeepSpeed's.
 
-    Every process holds the whole weights when it is made; with ZeRO 3 no longer.
+    Every process holds the weights of its units when it is made; with ZeRO 3 no longer.
     """
 
     def __init__(self, *share: Any, config: DeepspeedConfig) -> None:
@@ -44,9 +47,15 @@ class DeepspeedEngine(NativeEngine):
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         deepspeed.ops.__compatible_ops__ = {}  # on a CPU it compiles collectives of its own
         self.zero, self.terms = config.zero, dict[str, Terms]()
+        for parameter in self.stack.parameters():
+            # Units, and their biases, are one process's of a tp group or pipeline, and no copies: the
+            # norm of all gradients counts each of them.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+        model, mpu = self._model()
         state = self._take_state() if self.zero else {}
         self.deepspeed, *_ = deepspeed.initialize(
-            model=_Network(self.stack, self._loss),
+            model=model,
+            mpu=mpu,
             optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": len(self.mesh.dp.shard(self.batch)),
@@ -55,7 +64,10 @@ class DeepspeedEngine(NativeEngine):
                 "zero_optimization": {
                     "stage": self.zero,
                     "offload_optimizer": {"device": "cpu" if config.offload else "none"},
+                    "stage3_param_persistence_threshold": 0,  # it would keep small weights whole
                 },
+                # What the processes of a tp group send on it takes for copies, and would cut up.
+                "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
                 "zero_allow_untested_optimizer": True,
                 # Its own CPU optimizer would have to be compiled, and knows no proximal step.
                 "zero_force_ds_cpu_optimizer": False,
@@ -63,6 +75,10 @@ class DeepspeedEngine(NativeEngine):
         )
         if state:
             self._shard_state(state)
+
+    def _model(self) -> tuple[nn.Module, Any]:
+        """What DeepSpeed runs, and the groups that it communicates in."""
+        return Stage(self.stack, self._loss), _Groups(self.mesh)
 
     def forward_backward(self, x: Tensor | None) -> dict[str, Terms]:
         # Gradients of the shares of a batch add up to the whole batch's; DeepSpeed takes their mean.
@@ -78,18 +94,26 @@ class DeepspeedEngine(NativeEngine):
             losses.append(loss)
         return torch.stack(losses).sum()
 
+    def _parameters(self, i: int) -> tuple[Tensor, Tensor | None]:
+        # Left to the layer, in whose call ZeRO 3 gathers them: what is read outside of it, it keeps
+        # together from the first layer's forward on.
+        return torch.empty(0), None
+
     def linear(self, i: int, x: Tensor, *_: Any) -> Tensor:
-        output: Tensor = self.stack.layer(i)(x)  # as a module: ZeRO 3 gathers its weights
+        output: Tensor = self.stack.layer(i)(x, WHOLE if i == 0 else self.mesh.tp)
         return output
 
     def step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.deepspeed.step()
+        self._step()
         # Its own copy of a pruned weight moves on, which no other weight sees.
         if any(self.stack.layer(i).mask is not None for i in self.stack.indices):
             with self._gathered(written_by=0):
                 self.apply_masks()
+
+    def _step(self) -> None:
+        self.deepspeed.step()
 
     @contextmanager
     def whole(self, with_optimizer: bool = False) -> Iterator[None]:
@@ -163,12 +187,25 @@ class DeepspeedEngine(NativeEngine):
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class _Network(nn.Module):
-    """The stack with its loss, as DeepSpeed wants it: one module whose output is differentiated."""
+class Stage(nn.Module):
+    """The held layers and what is done with them, as DeepSpeed wants it: one module to call."""
 
-    def __init__(self, stack: DenseStack, loss: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, stack: DenseStack, forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.stack, self._loss = stack, loss
+        self.stack, self._forward = stack, forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._loss(x)
+        return self._forward(x)
+
+
+class _Groups:
+    """The mesh as Megatron's ``mpu``, which DeepSpeed asks for its groups."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        tp, dp = mesh.device_mesh["tp"], mesh.device_mesh["dp"]
+        self.get_model_parallel_group = tp.get_group
+        self.get_model_parallel_rank = tp.get_local_rank
+        self.get_model_parallel_world_size = tp.size
+        self.get_data_parallel_group = dp.get_group
+        self.get_data_parallel_rank = dp.get_local_rank
+        self.get_data_parallel_world_size = dp.size

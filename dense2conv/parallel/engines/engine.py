@@ -5,6 +5,7 @@ Nothing here imports an engine's package: the engine that is chosen does, when i
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -85,7 +86,8 @@ class DeepspeedConfig:
     zero: int = field(
         default=1,
         metadata={
-            "help": "ZeRO stage: 0 nothing | 1 optimizer state | 2 and gradients | 3 and weights"
+            "help": "ZeRO stage: 0 nothing | 1 optimizer state | 2 and gradients | 3 and weights; "
+            "0 or 1 with parallel.pp"
         },
     )
     offload: bool = field(
@@ -155,10 +157,15 @@ def _validate_deepspeed(
     zero = f"deepspeed.zero={config.zero}"
     if config.zero not in range(4):
         raise InputError(f"{zero} is no stage of ZeRO; use 0, 1, 2 or 3")
-    if parallel.tp > 1 or parallel.pp > 1:
+    if parallel.pp > 1:
+        _validate_deepspeed_pipeline(config, parallel, objective)
+    tp = parallel.tp
+    short = [width for width in model.widths if math.ceil(width / tp) * (tp - 1) >= width]
+    if config.zero == 3 and short:
         raise InputError(
-            f"parallel.tp={parallel.tp} and parallel.pp={parallel.pp} with engine=deepspeed: it "
-            "takes the weights of one process for those of all; use parallel.dp, or engine=native"
+            f"parallel.tp={tp} with {zero}: of a layer of {short[0]} units the last process holds none, "
+            "and DeepSpeed never takes an empty weight for gathered; use deepspeed.zero=2 or less, "
+            "another parallel.tp, or wider layers"
         )
     if config.offload and config.zero == 0:
         raise InputError(
@@ -176,15 +183,32 @@ def _validate_deepspeed(
             f"train.dtype={str(dtype).removeprefix('torch.')} with engine=deepspeed: its own weights "
             "and sums are float32; use train.dtype=float32, or engine=native"
         )
-    if objective.noise_correction:
-        raise InputError(
-            "objective.noise_correction=true with engine=deepspeed: the term is of the weights "
-            "alone, whose gradients DeepSpeed would add up over parallel.dp; use engine=native"
-        )
     if clip is not None and objective.scope == "layerwise" and len(model.widths) > 1:
         raise InputError(
             f"optimizer.clip={clip} with engine=deepspeed: it clips by one norm of all layers, and "
             "layer-wise objectives by one a layer; use objective.scope=network, or engine=native"
+        )
+
+
+def _validate_deepspeed_pipeline(
+    config: DeepspeedConfig, parallel: ParallelConfig, objective: ObjectiveConfig
+) -> None:
+    stages = f"parallel.pp={parallel.pp} with engine=deepspeed"
+    if objective.scope != "network":
+        raise InputError(
+            f"objective.scope={objective.scope} and {stages}: its pipeline differentiates one loss, on "
+            "the last stage; use objective.scope=network, or engine=native"
+        )
+    if parallel.microbatches > 1:
+        raise InputError(
+            f"parallel.microbatches={parallel.microbatches} and {stages}: it takes the mean of the "
+            "micro-batches' losses, and the rate is one number of the whole batch; use "
+            "parallel.microbatches=1, or engine=native"
+        )
+    if config.zero > 1:
+        raise InputError(
+            f"deepspeed.zero={config.zero} and {stages}: beside its pipeline DeepSpeed shards the "
+            "optimizer's state alone; use deepspeed.zero=1 or 0, or parallel.pp=1"
         )
 
 
@@ -214,6 +238,10 @@ def make_engine(
     if name == "deepspeed":
         from dense2conv.parallel.engines.deepspeed import DeepspeedEngine
 
+        if mesh.pp.size > 1:
+            from dense2conv.parallel.engines.deepspeed_pipeline import DeepspeedPipelineEngine
+
+            return DeepspeedPipelineEngine(*share, config=deepspeed)
         return DeepspeedEngine(*share, config=deepspeed)
     if name == "fairscale":
         from dense2conv.parallel.engines.fairscale import FairscaleEngine

@@ -231,8 +231,10 @@ class NativeEngine:
     def code(self, i: int, z: Tensor) -> tuple[Tensor, Terms]:
         """The loss of layer ``i`` and its terms in nats a unit, for the whole batch's z (m/dp, d/tp)."""
         layer = self.stack.layer(i)
-        # A term in the weights alone is every dp rank's; one of them contributes its gradient.
-        weight = layer.weight if self.mesh.dp.rank == 0 else layer.weight.detach()
+        weight: Tensor | None = None
+        if self.objective.config.noise_correction:
+            # A term in the weights alone is every dp rank's; one of them contributes its gradient.
+            weight = layer.weight if self.mesh.dp.rank == 0 else layer.weight.detach()
         num_samples = self.batch // self.num_rates
         terms = self.objective(
             z, num_samples, layer.num_units, self.rate_layout, weight, layer_name(i)
