@@ -96,7 +96,7 @@ class Axis:
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Start ``sum``, to go on meanwhile; the result waits, and gives it."""
+        """Start what ``sum`` does; the result waits for it, and gives the sum."""
         return lambda: tensor
 
     def gather(self, tensor: Tensor, total: int, dim: int = 0) -> Tensor:

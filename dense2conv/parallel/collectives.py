@@ -20,8 +20,8 @@ from dense2conv.shapes import Axis
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# Smaller chunks would read the weights more often than their products are long; more of them would
-# leave less of the traffic uncovered than each call costs.
+# With fewer rows the weights take as long to read as to multiply; with more chunks the calls take
+# longer than the traffic that they cover.
 _MIN_CHUNK_ROWS, _MAX_CHUNKS = 256, 8
 
 
@@ -134,16 +134,16 @@ class GroupAxis(Axis):
         ``pieces`` being by rank; the result waits for it.
         """
         leaving = [self.send(pieces[rank].contiguous(), rank) for rank in self.others(1)]
-        arriving = [self.receive(torch.empty_like(shard), rank) for rank in self.others(-1)]
-        own = pieces[self.rank]
+        arriving = {rank: self.receive(torch.empty_like(shard), rank) for rank in self.others(-1)}
+        arriving[self.rank] = lambda own=pieces[self.rank]: own  # type: ignore[misc]
+        wide = at_least_fp32(shard.dtype)  # 16 bits would be rounded after every piece
 
         def finish() -> None:
-            # In 16 bits a sum would be rounded after every piece.
-            wide = at_least_fp32(shard.dtype)
             total = shard if shard.dtype == wide else shard.new_empty(shard.shape, dtype=wide)
-            total.copy_(own)
-            for piece in arriving:
-                total.add_(piece())
+            # By rank: the sum does not depend on whose part it is.
+            total.copy_(arriving[0]())
+            for rank in range(1, self.size):
+                total.add_(arriving[rank]())
             if total is not shard:
                 shard.copy_(total)
             for has_left in leaving:
@@ -289,7 +289,7 @@ def _begin_input_gradient(
 
 
 def row_chunks(num_rows: int) -> list[int]:
-    """The rows of each chunk in which the input of a product is gathered."""
+    """The rows of each chunk in which a product's input is gathered, and its gradient summed."""
     num_chunks = max(1, min(_MAX_CHUNKS, num_rows // _MIN_CHUNK_ROWS))
     length = max(1, math.ceil(num_rows / num_chunks))
     return [min(length, num_rows - start) for start in range(0, num_rows, length)] or [0]

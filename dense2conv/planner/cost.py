@@ -1,6 +1,6 @@
 """What a step takes: operations, and seconds at a stated share of the cluster's published rates.
 
-Nothing is overlapped: products, traffic and the host's own work follow each other.
+Counted as if nothing overlapped: products, traffic and the host's own work follow each other.
 """
 
 from __future__ import annotations
