@@ -23,7 +23,7 @@ CONFIG = [
     "parallel.device=cpu",
     f"parallel.tp={TP}",
     "extract.samples=64",
-    "extract.sampled_units=1024",
+    "extract.sampled_units=512",
     "tune.steps=2",
 ]
 HELD_OUT = 64  # images that an extracted network is judged on here
@@ -79,7 +79,7 @@ def _phases(root):
     from dense2conv.training.run_folder import RunFolder
 
     for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        LIBC.mallopt(threshold, 1 << 22)  # what is freed leaves: figures are of what is held
+        LIBC.mallopt(threshold, 1 << 20)  # what is freed leaves: figures are of what is held
     config = load_config("train", [*CONFIG, f"run.root={root}", "run.name=run"])
     batch, grown = config.train.batch, {}
     with open_mesh(config.parallel) as mesh:
