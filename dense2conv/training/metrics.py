@@ -324,10 +324,14 @@ class _Told:
     def note(self, step: int) -> None:
         self._newest = max(self._newest, step)
 
-    def doubtful(self, rows: list[dict[str, float]]) -> list[dict[str, float]]:
-        """Those of ``rows`` that may be missing."""
+    def again(
+        self, rows: list[dict[str, float]], listener: Callable[[int, Mapping[str, Value]], None]
+    ) -> None:
+        """Tell ``listener`` those of ``rows`` that may be missing."""
         until = int(self._path.read_text()) if self._path.exists() else -1
-        return [row for row in rows if row["step"] > until]
+        for row in rows:
+            if row["step"] > until:
+                listener(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
 
     def close(self) -> None:
         if self._newest >= 0:
@@ -421,8 +425,8 @@ class WandbLog:
 
     def catch_up(self, rows: list[dict[str, float]]) -> None:
         with self._forgiving("catch up"):
-            for row in self._told.doubtful(rows):
-                self(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
+            if self._run is not None:
+                self._told.again(rows, self)
 
     def _logged(self, value: Value | Image.Image) -> Any:
         import wandb
@@ -509,8 +513,7 @@ class TensorboardLog:
 
     def catch_up(self, rows: list[dict[str, float]]) -> None:
         with self._forgiving("catch up"):
-            for row in self._told.doubtful(rows):
-                self(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
+            self._told.again(rows, self)
 
     def _add(self, key: str, value: Value, step: int) -> None:
         if isinstance(value, Fields):

@@ -1,10 +1,6 @@
 """A set that vanishes while a run trains on it: it is saved first, and all processes say why."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +17,7 @@ from dense2conv.training import checkpoint, loop
 from dense2conv.training.config import Config
 from dense2conv.training.run_folder import RunFolder
 from tests.ranks import on_ranks
-from tests.training.test_signals import parallel
+from tests.training.test_signals import begin, parallel
 
 STEPS = 16
 
@@ -103,16 +99,7 @@ def test_the_command_names_the_path_and_the_remedy_in_its_last_line(tmp_path):
     words = ["data=imagenet", "data.root=images", "data.side=6", "data.statistics_samples=8"]
     words += ["model.widths=[36,17]", "train.batch=16", "train.steps=1000000"]
     words += ["log.every=5", "wandb.mode=disabled", "parallel.device=cpu", "parallel.tp=2"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "dense2conv", "train", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-    )
-    metrics, deadline = tmp_path / "runs/run/metrics.jsonl", time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    run = begin(tmp_path, words)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 2

@@ -166,6 +166,23 @@ def test_a_second_ctrl_c_interrupts_at_once():
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
+def begin(folder: Path, words: list[str]) -> subprocess.Popen[str]:
+    """A run in ``folder`` that has written its first metrics."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dense2conv", "train", *words],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+    )
+    metrics, deadline = folder / "runs/run/metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return run
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_saves_says_so_and_ends_with_its_own_code(number, tmp_path):
     words = [
@@ -179,16 +196,7 @@ def test_the_command_saves_says_so_and_ends_with_its_own_code(number, tmp_path):
         "parallel.device=cpu",
         f"parallel.tp={2 if number == signal.SIGTERM else 1}",
     ]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "dense2conv", "train", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-    )
-    metrics, deadline = tmp_path / "runs/run/metrics.jsonl", time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    run = begin(tmp_path, words)
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == EX_REQUEUE
