@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -136,6 +137,7 @@ def sweep(words: list[str]) -> int:
     this = Sweep(folder, frozenset(_key(word) for word in ours))
     code = _run(this, [*_HYDRA, f'hydra.sweep.dir="{folder}"', *words])
     jobs = this.jobs()
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "sweep.json", json.dumps([asdict(job) for job in jobs], indent=2))
     print(_table(jobs, config.sweep.metric))
     print(folder / "sweep.json")
@@ -202,20 +204,22 @@ def run_job(this: Sweep, _: DictConfig) -> float:
         config = load_config("train", words)
         if not done:
             _train(config, words)
-        value = _figure(RunFolder(config.run.folder), config.sweep.metric)
-        job.state, job.value = "done", value
+        if not first:
+            return math.nan  # the first rank speaks for all
+        job.value = _figure(RunFolder(config.run.folder), config.sweep.metric)
+        job.state = "done"
+        return job.value
     except SystemExit:
         job.state = "stopped"
         raise
     except Exception as error:
         known = isinstance(error, InputError)
         log.error("dense2conv: %s", error, exc_info=None if known else error)
-        job.state = f"failed: {error}"
+        job.state = f"failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
         raise JobFailed(str(error)) from None
     finally:
         if first:
             this.write(job)
-    return value
 
 
 def _train(config: Config, words: list[str]) -> None:
@@ -258,9 +262,10 @@ def _figure(folder: RunFolder, key: str) -> float:
 
 
 def _table(jobs: list[Job], metric: str) -> str:
-    rows = [("run", metric, "folder")]
+    rows = [("run", metric, "folder, or what is wrong")]
     for job in jobs:
-        value = job.state if job.value is None else f"{job.value:.6g}"
-        rows.append((job.name, value, job.folder))
+        state, _, why = job.state.partition(": ")
+        value = state if job.value is None else f"{job.value:.6g}"
+        rows.append((job.name, value, why or job.folder))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)

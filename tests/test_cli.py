@@ -97,6 +97,8 @@ def test_help_names_every_command_group_and_key(capsys):
         assert any(row.strip().startswith(f"{key}=") and line in row for row in text.splitlines())
     assert "experiment" in text
     assert "demo" in text
+    assert "--multirun" in text
+    assert "hydra/sweeper" in text
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,27 @@ def test_the_command_starts_its_own_ranks_and_logs_to_wandb_offline():
     again = _subprocess("train", *words, "run.name=two", "parallel.tp=2")
     assert again.returncode == 2
     assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_output_that_is_not_read_to_its_end_is_no_error():
+    words = [sys.executable, "-m", "dense2conv", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environments = [os.environ | {"PYTHONUNBUFFERED": value} for value in ("", "1")]
+    commands = [subprocess.Popen(words, env=each, **pipes) for each in environments]
+    for command in commands:
+        command.stdout.close()  # as head does
+    for command in commands:
+        assert command.communicate()[1] == b""
+        assert command.returncode == 141
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def fails(_words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dense2conv.cli._main", fails)
+    with pytest.raises(BrokenPipeError):
+        run("train")
 
 
 def test_torchrun_starts_the_ranks_as_well():

@@ -140,21 +140,19 @@ def test_a_sweep_that_cannot_be_is_named(cluster, words, named):
     assert named in Path("refused.out").read_text()
 
 
-def test_a_sweep_through_submitit_ends_with_two_whole_runs(cluster, capfd):
-    """A job's two ranks are its own on one node, or Slurm's tasks on two."""
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_sweep_through_submitit_ends_with_two_whole_runs(cluster, nodes):
+    """A job's two ranks are Slurm's tasks on two nodes, or its own processes on one."""
     words = [*SMALL, "train.steps=10", "parallel.tp=2", "hydra/launcher=submitit_slurm"]
-    start = [sys.executable, "-m", "dense2conv", "train", "--multirun", *words, "seed=1,2"]
-    for name, nodes in (("one", 1), ("two", 2)):
-        printed = cluster(*start, f"run.name={name}", f"hydra.launcher.nodes={nodes}")
-        assert printed.splitlines()[-1] == f"runs/{name}/sweep.json"
-        jobs = json.loads(Path(f"runs/{name}/sweep.json").read_text())
-        assert [(job["name"], job["state"]) for job in jobs] == [
-            ("seed=1", "done"),
-            ("seed=2", "done"),
-        ]
-        for seed in ("seed=1", "seed=2"):
-            assert saved_step(f"{name}/{seed}") == steps_done(f"{name}/{seed}") == 10
-            assert sorted(p.name for p in saved(f"{name}/{seed}").glob("*.safetensors"))
-        assert not list(Path("runs", name).glob("*.1")), (
-            "no rank found a folder that another had made"
-        )
+    words += [f"hydra.launcher.nodes={nodes}", f"run.name=on{nodes}", "seed=1,2"]
+    printed = cluster(sys.executable, "-m", "dense2conv", "train", "--multirun", *words)
+    assert printed.splitlines()[-1] == f"runs/on{nodes}/sweep.json"
+    jobs = json.loads(Path(f"runs/on{nodes}/sweep.json").read_text())
+    assert [(job["name"], job["state"]) for job in jobs] == [("seed=1", "done"), ("seed=2", "done")]
+    for run in (f"on{nodes}/seed=1", f"on{nodes}/seed=2"):
+        assert saved_step(run) == steps_done(run) == 10
+        assert len(list(saved(run).glob("*.safetensors"))) == 2
+    assert not list(Path(f"runs/on{nodes}").glob("*.1")), (
+        "a rank found a folder that another had made"
+    )
