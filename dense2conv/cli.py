@@ -133,7 +133,7 @@ def _main(words: list[str]) -> int:
         if command != "train":
             raise InputError(f"{command} takes one run at a time; --multirun goes with train")
         return sweep([word for word in overrides if word not in FLAGS])
-    if command == "report" and any("=" not in word for word in overrides):
+    if command == "report" and any(map(_is_folder, overrides)):
         return _compare(overrides)
     config = load_config(command, overrides)
     if not inside_job() and config.parallel.world_size > 1:
@@ -200,8 +200,13 @@ def _completion(words: list[str]) -> int:
     return 0
 
 
+def _is_folder(word: str) -> bool:
+    """Whether a word names a folder, if only to be; those of a sweep's runs look like overrides."""
+    return "=" not in word or Path(word).is_dir()
+
+
 def _compare(folders: list[str]) -> int:
-    if len(folders) != 2 or any("=" in folder for folder in folders):
+    if len(folders) != 2 or not all(map(_is_folder, folders)):
         raise InputError(
             f"dense2conv report {' '.join(folders)} names no two folders; give two as in "
             "report runs/a runs/b, or one run as in report run.name=a"

@@ -14,6 +14,7 @@ from wandb.wandb_agent import Agent
 from dense2conv import sweeps
 from dense2conv.cli import config_folder, config_keys, main
 from dense2conv.sweeps import job_name
+from tests.report.run_folders import write_run
 from tests.slurm.cluster import wait_until
 
 SMALL = [
@@ -230,3 +231,9 @@ def test_wandbs_agent_runs_what_its_sweep_file_says(monkeypatch):
     saved = yaml.safe_load(Path("runs/sweep-first/config.yaml").read_text())
     assert (saved["seed"], saved["optimizer"]["lr"], saved["then"]) == (1, 1.0, [])
     assert len(Path("runs/sweep-first/metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_two_runs_of_a_sweep_are_held_beside_each_other(capfd):
+    folders = [write_run(Path(f"runs/s/seed={seed}"), name=f"seed={seed}") for seed in (1, 2)]
+    assert main(["report", *map(str, folders)]) == 0
+    assert capfd.readouterr().out.strip() == "runs/s/seed=1/compare_seed=2.html"
