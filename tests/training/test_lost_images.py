@@ -94,6 +94,7 @@ def test_the_last_whole_step_is_saved_and_the_resumed_run_is_the_undisturbed_one
             assert torch.equal(tensors[name], value), name
 
 
+@pytest.mark.slow
 def test_the_command_names_the_path_and_the_remedy_in_its_last_line(tmp_path):
     make_set(tmp_path / "images")
     words = ["data=imagenet", "data.root=images", "data.side=6", "data.statistics_samples=8"]

@@ -136,7 +136,9 @@ def test_a_run_that_was_not_steered_can_be_from_where_it_is(tmp_path, monkeypatc
     shutil.rmtree("runs")
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 2, 1), (2, 1, 1, 1), (1, 2, 1, 1)])
+@pytest.mark.parametrize(
+    "mesh", [(1, 1, 2, 1), (2, 1, 1, 1), pytest.param((1, 2, 1, 1), marks=pytest.mark.slow)]
+)
 def test_lambda_is_the_same_on_any_mesh(mesh):
     _compare(mesh, 40, "float64", {"objective.sparsity": 0.7}, 1e-9)
 
