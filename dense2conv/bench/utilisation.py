@@ -8,11 +8,13 @@ m   samples     D   inputs of the layer     d   units, d/tp of them held here
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dense2conv.bench.step import LEARNING_RATE, Candidate, Group, StepBench, arrows, mark, measure
 from dense2conv.bench.timing import Ratio
@@ -32,7 +34,10 @@ def layer_utilisation(config: StepBench, mesh: Mesh, num_inputs: int, num_units:
     with mesh.device:
         stack = DenseStack(num_inputs, ModelConfig([num_units]), mesh.layout).init(config.seed)
         x = torch.randn(m, num_inputs)
-    optimizer = make_optimizer(OptimizerConfig(), stack, l1=0.03, compiled=config.compile)
+    optimizer, eager = (
+        make_optimizer(OptimizerConfig(), stack, l1=0.03, compiled=compiled)
+        for compiled in (config.compile, False)
+    )
     objective = EfficientCoding(ObjectiveConfig(), stack.activation)
     engine = NativeEngine(
         mesh, stack, objective, optimizer, m, compute=_COMPUTE, compiled=config.compile
@@ -52,7 +57,7 @@ def layer_utilisation(config: StepBench, mesh: Mesh, num_inputs: int, num_units:
     def rate() -> None:
         engine.code(0, z.detach().requires_grad_())[0].backward()
 
-    def update() -> None:
+    def update(optimizer: Optimizer) -> None:
         weight.grad = gradient
         optimizer.step()
         weight.grad = None
@@ -60,16 +65,15 @@ def layer_utilisation(config: StepBench, mesh: Mesh, num_inputs: int, num_units:
     step()  # makes the optimizer's state, and a gradient's worth of memory
     gradient = torch.full_like(weight, 1e-6)
     kept = [weight, *(v for v in optimizer.state[weight].values() if isinstance(v, Tensor)), x]
-    times, rows = measure(
-        config,
-        mesh,
-        {
-            "ours": Candidate(step, kept),
-            "products alone": Candidate(products),
-            "objective alone": Candidate(rate),
-            "update alone": Candidate(update),
-        },
-    )
+    candidates = {
+        "ours": Candidate(step, kept),
+        "products alone": Candidate(products),
+        "objective alone": Candidate(rate),
+        "update alone": Candidate(partial(update, optimizer)),
+    }
+    if config.compile:
+        candidates["update alone, not compiled"] = Candidate(partial(update, eager))
+    times, rows = measure(config, mesh, candidates)
     flops = layer_flops([num_inputs, num_units], network_scope=False) * m / mesh.tp.size
     rows[0]["tflops"] = flops / median(times["ours"]) / 1e12
     rows[1]["tflops"] = flops / median(times["products alone"]) / 1e12
