@@ -56,6 +56,8 @@ def records(path: Path) -> list[wandb_internal_pb2.Record]:
             at += left
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            break  # a kill cut it off
         pieces += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last piece
