@@ -22,6 +22,7 @@ from dense2conv.bench.step import StepBench, bench_step
 from dense2conv.completion import SHELLS, completion, key_words
 from dense2conv.configuration import closest, compose, config_folder, config_keys, load_config
 from dense2conv.parallel import Mesh, open_mesh
+from dense2conv.parallel.faults import Fault, ToldElsewhere, say
 from dense2conv.parallel.launch import (
     adopt_slurm,
     end_with_launcher,
@@ -29,7 +30,7 @@ from dense2conv.parallel.launch import (
     run_local_ranks,
 )
 from dense2conv.phases import run_phases
-from dense2conv.planner import PlanConfig, as_json, make_plan
+from dense2conv.planner import PlanConfig, as_json, make_plan, rehearsal_lines, rehearse
 from dense2conv.planner import table as plan_table
 from dense2conv.report import write_comparison
 from dense2conv.shapes import InputError
@@ -79,12 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first_rank:
             print(f"dense2conv: {error}", file=sys.stderr)
         return 2
+    except (Fault, ToldElsewhere) as end:
+        if isinstance(end, Fault):
+            say(end)
+        return 2 if isinstance(end.__cause__, InputError) else 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        where = f" at {error.filename}" if error.filename else ""
+        at = [f"at {error.filename}"] if error.filename else []
+        where = " ".join([error.strerror or "", *at, *getattr(error, "__notes__", [])])
         print(
-            f"dense2conv: {error.strerror}{where}; make room and carry on with resume=true",
+            f"dense2conv: {where}; make room and carry on with resume=true",
             file=sys.stderr,
         )
         return 2
@@ -178,6 +184,9 @@ def _plan(words: list[str]) -> int:
     config: Any = load_config("plan", words, PlanConfig)
     plan = make_plan(config)
     print(as_json(plan) if config.json else plan_table(plan))
+    if config.rehearse:
+        told = "\n".join(["", *rehearsal_lines(rehearse(config))])
+        print(told, file=sys.stderr if config.json else sys.stdout)
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ from dense2conv.data import ImageSource, open_source
 from dense2conv.files import write_atomically
 from dense2conv.parallel import Mesh, open_mesh
 from dense2conv.parallel.launch import adopt_slurm
-from dense2conv.planner import Estimate, PlanConfig
+from dense2conv.planner import Estimate, PlanConfig, is_out_of_memory, shortage
 from dense2conv.report import table, write_report
 from dense2conv.report.images import montage
 from dense2conv.report.pictures import run_pictures
@@ -47,6 +49,7 @@ def run(config: Config, command: str = "train") -> dict[str, Any]:
     Raises:
         InputError: a value cannot be, or something that it names is missing.
         Stopped: a signal ended the run, which is saved.
+        Fault, ToldElsewhere: with processes beside this one, any of them spoilt the run; one says why.
     """
     if command not in ("train", *PHASES):
         raise InputError(f"command {command!r} is unknown; use train, {', '.join(PHASES)}")
@@ -67,6 +70,7 @@ def run_phases(command: str, config: Config, mesh: Mesh) -> None:
     folder = RunFolder(config.run.folder)
     if command != "train":
         folder.require("run", folder.config, "train")
+    mesh.position.enter("opening the images", limited=False)
     source = open_source(config.data, config.seed, progress=mesh.is_main)
     if (
         command != "report"
@@ -81,7 +85,8 @@ def run_phases(command: str, config: Config, mesh: Mesh) -> None:
     phases = [command, *(config.then if command == "train" else [])]
     try:
         for phase in phases:
-            _run_phase(phase, config, mesh, folder, source, sinks)
+            with _memory(phase, config, mesh):
+                _run_phase(phase, config, mesh, folder, source, sinks)
             if wandb is not None:
                 _refer(wandb, folder)
         if wandb is not None:
@@ -97,6 +102,18 @@ def run_phases(command: str, config: Config, mesh: Mesh) -> None:
         folder.release()
 
 
+@contextmanager
+def _memory(phase: str, config: Config, mesh: Mesh) -> Iterator[None]:
+    """Where memory runs out, say what takes it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        mesh.position.found = "no memory left"
+        raise InputError(shortage(error, config, mesh.pp.rank, phase)) from error
+
+
 def _run_phase(
     phase: str,
     config: Config,
@@ -106,6 +123,7 @@ def _run_phase(
     sinks: list[Sink],
 ) -> None:
     figures: dict[str, Any] = {}
+    mesh.position.enter(phase, limited=False)
     if phase == "train":
         train(config, mesh, folder, source, sinks)
         figures["wall_seconds_train"] = round(time.monotonic() - _STARTED, 2)

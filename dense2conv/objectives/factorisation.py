@@ -20,6 +20,10 @@ _NOTHING, _LITTLE = 2.5e-5, 1e-4  # what rounding may add to the eigenvalue 1
 Value = TypeVar("Value")
 
 
+class NotFinite(ValueError):
+    """Features hold NaN or Inf, or are so large that fp64 cannot factorise their Gram matrix."""
+
+
 class LostDigits(ArithmeticError):
     """An fp32 Gram matrix is too coarse for its α."""
 
@@ -56,7 +60,7 @@ def factorise(gram: Tensor, alpha: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         LostDigits: G is fp32, and its rounding may disturb I + αG by more than 1e-4.
-        ValueError: G holds NaN or Inf, whatever ``name`` names computed it.
+        NotFinite: G holds NaN or Inf, whatever ``name`` names computed it.
     """
     scale = alpha[..., None, None]
     if gram.dtype == torch.float32 and _has_digits_to_spare(gram, alpha):
@@ -69,7 +73,7 @@ def factorise(gram: Tensor, alpha: Tensor, name: str) -> tuple[Tensor, Tensor]:
     info = torch.empty(gram.shape[:-2], dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     if is_true(info.any()):
-        raise ValueError(
+        raise NotFinite(
             f"the features of {name} hold NaN or Inf; lower the learning rate, or look at the data"
             if not bool(gram.isfinite().all())
             else f"I + αG of {name} is not positive definite: its features are too large for fp64"

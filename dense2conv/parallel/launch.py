@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 _LAUNCHER = "DENSE2CONV_LAUNCHER_PID"
-_GRACE_S = 10.0  # between asking the other processes to end and making them
+_GRACE_S = 4.0  # between asking the other processes to end and making them
 
 
 def adopt_slurm() -> None:
@@ -111,11 +111,11 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Let the others notice, then terminate them, then kill them."""
-    for stop in (lambda p: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+    """Let the others notice, stopped ones as well, then terminate them, then kill them."""
+    for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _GRACE_S
         for process in ranks:
             if process.poll() is None:
-                stop(process)
+                process.send_signal(number)
         while time.monotonic() < deadline and any(p.poll() is None for p in ranks):
             time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dense2conv.parallel.collectives import GroupAxis
+from dense2conv.parallel.meeting import meet
+from dense2conv.parallel.position import Place, Position
+from dense2conv.parallel.watch import Watch
 from dense2conv.shapes import Axis, InputError, Layout, NestedAxis
 
 SHARDED = ("none", "optimizer", "weights")
@@ -43,7 +47,10 @@ class ParallelConfig:
     )
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
     timeout_s: float = field(
-        default=300, metadata={"help": "seconds after which a silent process ends the run"}
+        default=300,
+        metadata={
+            "help": "seconds after which a process that hangs or is gone has been named, and all have ended"
+        },
     )
 
     @property
@@ -90,6 +97,8 @@ class ParallelConfig:
             raise InputError(f"parallel.device={self.device!r} is unknown; use auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("parallel.device=cuda, but torch sees no CUDA device; use cpu or auto")
+        if not self.timeout_s > 0:
+            raise InputError(f"parallel.timeout_s={self.timeout_s:g}; use a positive number")
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Mesh:
     tp: Axis
     device: torch.device
     device_mesh: DeviceMesh
+    position: Position = field(default_factory=Position)
 
     @property
     def layout(self) -> Layout:
@@ -166,20 +176,26 @@ class Mesh:
         return box[0]
 
 
-def make_mesh(pp: int, dp: int, tp: int, device: torch.device) -> Mesh:
-    """The mesh over all processes of the running job; ranks vary fastest along tp."""
+def make_mesh(
+    pp: int, dp: int, tp: int, device: torch.device, position: Position | None = None
+) -> Mesh:
+    """The mesh over all processes of the running job; ranks vary fastest along tp.
+
+    position: of this process, if others are to know how far it is.
+    """
     device_mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
 
     def axis(name: str) -> Axis:
         group = device_mesh.get_group(name)
         return GroupAxis(group) if dist.get_world_size(group) > 1 else Axis()
 
-    return Mesh(axis("pp"), axis("dp"), axis("tp"), device, device_mesh)
+    axes = axis("pp"), axis("dp"), axis("tp")
+    return Mesh(*axes, device, device_mesh, position or Position())
 
 
 def flat_mesh(mesh: Mesh) -> Mesh:
     """All processes on one tensor-parallel axis: what pruning and extraction run on."""
-    return make_mesh(1, 1, dist.get_world_size(), mesh.device)
+    return make_mesh(1, 1, dist.get_world_size(), mesh.device, mesh.position)
 
 
 @contextmanager
@@ -188,28 +204,46 @@ def open_mesh(config: ParallelConfig) -> Iterator[Mesh]:
 
     Raises:
         InputError: the number of processes is not pp·dp·tp.
+        Fault: they do not find each other, or one of them has hung or gone.
+        ToldElsewhere: another process says why the run has ended.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != config.world_size:
+        how = f"torchrun --nproc-per-node={config.world_size}, or without torchrun"
+        if "SLURM_STEP_ID" in os.environ:
+            how = f"srun --ntasks={config.world_size}"
         raise InputError(
             f"parallel.pp={config.pp} × parallel.dp={config.dp} × parallel.tp={config.tp} needs "
             f"{config.world_size} processes, but {world_size} were started; change the mesh, or start "
-            f"{config.world_size} (torchrun --nproc-per-node={config.world_size}, or without torchrun)"
+            f"{config.world_size} ({how})"
         )
     device = _device(config.device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    try:
-        mesh = make_mesh(config.pp, config.dp, config.tp, device)
+    with _process_group(device, config.timeout_s) as store:
+        position = Position()
+        mesh = make_mesh(config.pp, config.dp, config.tp, device, position)
         # Nobody may fail, and be gone, while another one still connects to it.
-        dist.barrier()
-        yield mesh
+        job = secrets.token_hex(8)
+        places = mesh.gather_objects((job, Place.own()))
+        store = dist.PrefixStore(f"watch/{places[0][0]}", store)
+        hosts = [place for _, place in places]
+        with Watch(store, position, hosts, dist.get_rank(), config.timeout_s):
+            yield mesh
+
+
+@contextmanager
+def _process_group(device: torch.device, timeout_s: float) -> Iterator[dist.Store]:
+    """The default process group, and the store in which its ranks have met."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = meet(timeout_s) if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        yield store
     finally:
         dist.destroy_process_group()
 

@@ -2,6 +2,20 @@
 
 from dense2conv.planner.config import ClusterConfig, PlanConfig
 from dense2conv.planner.plan import Estimate, Plan, make_plan
+from dense2conv.planner.rehearsal import rehearsal_lines, rehearse
+from dense2conv.planner.shortage import is_out_of_memory, shortage
 from dense2conv.planner.text import as_json, table
 
-__all__ = ["ClusterConfig", "Estimate", "Plan", "PlanConfig", "as_json", "make_plan", "table"]
+__all__ = [
+    "ClusterConfig",
+    "Estimate",
+    "Plan",
+    "PlanConfig",
+    "as_json",
+    "is_out_of_memory",
+    "make_plan",
+    "rehearsal_lines",
+    "rehearse",
+    "shortage",
+    "table",
+]

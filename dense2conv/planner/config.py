@@ -98,6 +98,13 @@ class PlanConfig(Config):
         default=1.5e8, metadata={"help": "Gaussian numbers a core draws in a second (input noise)"}
     )
     runners_up: int = field(default=4, metadata={"help": "meshes shown behind the best one"})
+    rehearse: bool = field(
+        default=False,
+        metadata={
+            "help": "with mesh=given, also run a step of a process of each stage, its real code on tensors "
+            "without numbers, and hold it against the plan"
+        },
+    )
     json: bool = field(default=False, metadata={"help": "print the plan as JSON"})
 
     def validate(self) -> None:
@@ -121,6 +128,11 @@ class PlanConfig(Config):
                 f"{self.parallel.name} needs {self.parallel.world_size} processes, but "
                 f"nodes={self.nodes} × cluster.devices={self.cluster.devices} are {devices}; "
                 "change the mesh or those"
+            )
+        if self.rehearse and self.mesh != "given":
+            raise InputError(
+                f"rehearse=true with mesh={self.mesh}: one mesh is run; use mesh=given with parallel.pp, "
+                "parallel.dp and parallel.tp, or rehearse=false"
             )
         if self.runners_up < 0:
             raise InputError(f"runners_up={self.runners_up}; use 0 or more")

@@ -23,7 +23,7 @@ from dense2conv.planner.config import PlanConfig
 from dense2conv.shapes import Axis
 from dense2conv.training.optim import OptimizerConfig, make_optimizer
 
-_DRAWN = ("noise", "gaussian")  # kinds of images whose pixels are fp32 rather than bytes
+DRAWN = ("noise", "gaussian")  # kinds of images whose pixels are fp32 rather than bytes
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Share:
 
     @property
     def pixel_bytes(self) -> int:
-        return 4 if self.config.data.kind in _DRAWN else 1
+        return 4 if self.config.data.kind in DRAWN else 1
 
     @property
     def num_weights(self) -> int:

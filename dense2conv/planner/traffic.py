@@ -43,6 +43,8 @@ def step_collectives(share: Share) -> list[Collective]:
     for layer in share.coded:
         calls += _objective(share, layer)
     calls += _gradients(share)
+    if share.config.optimizer.clip is not None:
+        calls += _norms(share)
     calls += [
         Collective(f"metrics of {layer_name(layer.index)}", "all_reduce", axis, 3 * 8)
         for layer in share.layers
@@ -50,6 +52,17 @@ def step_collectives(share: Share) -> list[Collective]:
     ]
     sizes = {"pp": share.mesh.pp, "dp": share.mesh.dp, "tp": share.mesh.tp}
     return [call for call in calls if sizes[call.axis] > 1]
+
+
+def _norms(share: Share) -> list[Collective]:
+    """The square of each layer's gradient, or of all of the stage, and then of all stages."""
+    axes = ("tp", "dp") if share.mesh.is_sharded else ("tp",)
+    count = 1 if share.is_network else len(share.layers)
+    size = share.precision.master
+    calls = [Collective("norm of gradients", "all_reduce", axis, size, count) for axis in axes]
+    if share.is_network:
+        calls.append(Collective("norm of gradients", "all_reduce", "pp", size))
+    return calls
 
 
 def _forward(share: Share) -> list[Collective]:
@@ -193,7 +206,9 @@ def _in_chunks(of_a_row: Collective, num_rows: int, count: int) -> list[Collecti
     ]
 
 
-def _gather(purpose: str, axis: str, size: int, total: int, row_bytes: int) -> Collective:
+def _gather(
+    purpose: str, axis: str, size: int, total: int, row_bytes: int, count: int = 1
+) -> Collective:
     """Shards are padded to one length, so the joined tensor may be longer than ``total`` rows."""
     padded = math.ceil(total / size) * size
-    return Collective(purpose, "all_gather", axis, padded * row_bytes)
+    return Collective(purpose, "all_gather", axis, padded * row_bytes, count)

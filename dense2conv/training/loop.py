@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import ChainMap
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dense2conv.data import ImageSource, add_input_noise
 from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding
+from dense2conv.objectives.factorisation import NotFinite
 from dense2conv.parallel import Mesh
 from dense2conv.parallel.engines import make_engine
 from dense2conv.shapes import InputError
@@ -92,18 +94,24 @@ def train(
         with engine.whole():
             metrics.record(0, save_fields(config, mesh, folder, stack, "step00000000"))
     tracing = profiler(folder) if config.profile and mesh.is_main else None
+    enter = mesh.position.enter  # so that others can say where this process was, if it hangs
     with StopRequest(mesh) as stop, tracing or nullcontext():
         for step in range(start, steps):
             done = step + 1
-            began = time.monotonic()
+            began, limited = time.monotonic(), step > start  # the first one compiles, and connects
+            enter("reading images", done, limited)
             x = next_batch(config, mesh, source, step, rows) if engine.takes_images else None
             if engine.takes_images:
                 stop.report(source.failure_ahead(min(stop.notice, steps - done)))
             read = time.monotonic()
-            terms = engine.forward_backward(x)
+            enter("forward and backward", done, limited)
+            with named_share(mesh, stack, x):
+                terms = engine.forward_backward(x)
+            enter("update", done, limited)
             lr = learning_rate(config.optimizer, step, steps)
             engine.step(lr)  # ends in the proximal step and the masks
 
+            enter("metrics", done, limited)
             values: dict[str, Tensor | Value] = {"lr": lr}
             with engine.whole():
                 measured = layer_metrics(stack, terms, strengths)
@@ -123,6 +131,7 @@ def train(
             if at_checkpoint or done % config.log.every == 0:
                 metrics.flush()
             if at_checkpoint:
+                enter("checkpoint", done, limited=False)
                 engine.drain()
                 stages = mesh.join_stages(strengths.state()) or []
                 checkpoints.extra["lambda"] = dict(ChainMap(*stages))
@@ -132,8 +141,22 @@ def train(
                 metrics.close()
                 checkpoints.wait()
                 raise stop.ending(done, steps)
+    enter("checkpoint", steps, limited=False)
     metrics.close()
     checkpoints.wait()
+
+
+@contextmanager
+def named_share(mesh: Mesh, stack: DenseStack, x: Tensor | None) -> Iterator[None]:
+    """NaN in sums over processes is everyone's: whoever brought it says so, for the one that speaks."""
+    try:
+        yield
+    except NotFinite as error:
+        own: dict[str, Tensor] = {} if x is None else {"the images": x}
+        own |= dict(stack.named_parameters())
+        bad = [name for name, tensor in own.items() if not bool(tensor.isfinite().all())]
+        mesh.position.found = f"NaN or Inf in {' and '.join(bad)}" if bad else ""
+        raise InputError(str(error)) from error
 
 
 def build_stack(config: Config, mesh: Mesh, num_inputs: int) -> DenseStack:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dense2conv.parallel import Mesh
+from dense2conv.parallel.faults import Agreed
 from dense2conv.shapes import InputError
 
 EX_REQUEUE = 85  # exit code of a run that was asked to stop and saved: start it again to carry on
@@ -22,7 +23,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _LEAD = 3  # steps a pipeline stage may be ahead of the next one: two batches in flight, and its own
 
 
-class Stopped(Exception):
+class Stopped(Agreed):
     """A signal ended the run after a whole step, which is saved."""
 
 

@@ -8,10 +8,11 @@ import time
 from collections import Counter
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dense2conv.parallel.rehearsal import fake_group, without_numbers
 from dense2conv.planner.share import Share
 from dense2conv.planner.traffic import step_collectives
-from tests.fakes import fake_group
 from tests.planner.plans import plan_config
 from tests.ranks import on_ranks
 
@@ -44,24 +45,24 @@ def _step_and_prune(rank, changes):
 
     config = plan_config(LAYER | changes)
     began, before = time.monotonic(), _peak_bytes()
-    with fake_group((1, 1, TP), rank) as group:
-        mesh = group.mesh
-        with group.tensors:
+    fakes = FakeTensorMode()
+    with fake_group(1, 1, TP, rank) as (mesh, recorder):
+        with without_numbers(recorder, fakes):
             stack = build_stack(config, mesh, config.data.shape.numel)
             optimizer = make_optimizer(config.optimizer, stack, config.objective.l1)
         objective = EfficientCoding(config.objective, stack.activation)
         engine = NativeEngine(mesh, stack, objective, optimizer, config.train.batch)
         source = open_source(config.data, config.seed)
-        with group.tensors:
+        with without_numbers(recorder, fakes):
             x = next_batch(config, mesh, source, 0, range(config.train.batch))
             terms = engine.forward_backward(x)
             engine.step(config.optimizer.lr)
             layer_metrics(stack, terms, Strengths(config.objective, stack, optimizer))
-            step = Counter(group.calls)
+            step = Counter(recorder.calls)
             mask_smallest(config.prune, [stack.layer(0)], mesh.tp)
             engine.apply_masks()
         mask = stack.layer(0).mask
-        pruning = group.calls - step
+        pruning = recorder.calls - step
     return step, pruning, tuple(mask.shape), time.monotonic() - began, _peak_bytes() - before
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dense2conv.planner import ClusterConfig, Estimate, as_json, make_plan, table
 from dense2conv.planner.plan import meshes
+from dense2conv.planner.rehearsal import Rehearsal, rehearsal_lines
 from dense2conv.shapes import InputError
 from tests.planner.plans import plan_config
 
@@ -303,3 +305,23 @@ def test_the_table_adds_up():
         if " ms" in line
     )
     assert sum(parts) == pytest.approx(total, rel=0.01)
+
+
+def test_a_rehearsal_is_of_one_mesh():
+    with pytest.raises(
+        InputError, match="rehearse=true with mesh=best: one mesh is run; use mesh=given"
+    ):
+        make_plan(plan_on("h100x8", 1, {"rehearse": True}))
+
+
+def test_a_rehearsal_tells_what_was_not_planned():
+    calls = Counter({("all_reduce", "tp", 8): 2, ("send", "pp", 4): 1})
+    planned = Counter({("all_reduce", "tp", 8): 1, ("send", "pp", 4): 1})
+    first, second = Rehearsal(calls, planned, 10**9, 2 * 10**9), Rehearsal(calls, calls, 1, 1)
+    assert first.differences == ["all_reduce of 8 bytes over tp: 2 instead of 1"]
+    lines = rehearsal_lines([first, second])
+    assert (
+        "3 collectives, the plan has 2: all_reduce of 8 bytes over tp: 2 instead of 1;" in lines[1]
+    )
+    assert "tensors take 1 GB at most, planned 2 GB" in lines[1]
+    assert "the same as planned" in lines[2]

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ from dense2conv.training.config import Config
 from dense2conv.training.metrics import metric
 from dense2conv.training.optim import OptimizerConfig, make_optimizer
 from dense2conv.training.run_folder import RunFolder
-from tests.ranks import _CONTEXT, _run, on_ranks
+from tests.ranks import _CONTEXT, _run, meeting_place, on_ranks
 
 SMALL = [
     "data.side=6",
@@ -656,22 +655,22 @@ def test_two_ranks_killed_at_any_time_resume_to_the_same_weights(tmp_path):
     run, chance = tmp_path / "run", random.Random(0)
     halves = 0
     for attempt in range(4):
-        with tempfile.TemporaryDirectory() as store:
-            arguments = (2, store, _CONTEXT.Queue(), _two_ranks, (run, attempt > 0))
-            ranks = [_CONTEXT.Process(target=_run, args=(r, *arguments)) for r in range(2)]
-            for process in ranks:
-                process.start()
-            began = {p.name for p in (run / "checkpoints").glob("step_*")}
-            deadline = time.monotonic() + 20
-            while not {p.name for p in (run / "checkpoints").glob("*.partial")} - began:
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.02))
-            for process in chance.sample(ranks, 2):  # one first, either of them
-                process.kill()
-            for process in ranks:
-                process.join()
-                assert process.exitcode == -signal.SIGKILL
+        store = meeting_place()
+        arguments = (2, store.port, _CONTEXT.Queue(), _two_ranks, (run, attempt > 0))
+        ranks = [_CONTEXT.Process(target=_run, args=(r, *arguments)) for r in range(2)]
+        for process in ranks:
+            process.start()
+        began = {p.name for p in (run / "checkpoints").glob("step_*")}
+        deadline = time.monotonic() + 20
+        while not {p.name for p in (run / "checkpoints").glob("*.partial")} - began:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        for process in chance.sample(ranks, 2):  # one first, either of them
+            process.kill()
+        for process in ranks:
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
         halves += bool(list((run / "checkpoints").glob("*.partial")))
     assert halves, "no kill met a save"
     on_ranks(2, _two_ranks, run, True)
