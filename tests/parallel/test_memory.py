@@ -24,6 +24,7 @@ CONFIG = [
     f"parallel.tp={TP}",
     "extract.samples=64",
     "extract.sampled_units=512",
+    "extract.padding=zeros",
     "tune.steps=2",
 ]
 HELD_OUT = 64  # images that an extracted network is judged on here
