@@ -88,19 +88,22 @@ def memory(share: Share) -> Memory:
 
 
 def _copies(share: Share) -> int:
-    """Only one objective at the top needs them in backward; otherwise gradients take their place."""
+    """Only gradients of inputs take them in backward; otherwise those of weights take their place."""
     if not share.has_copies or not share.is_network:
         return 0
-    sizes = [layer.num_weights * share.precision.compute for layer in share.layers]
-    return max(sizes) if share.mesh.shard == "weights" else sum(sizes)
+    sizes = [x.num_weights * share.precision.compute for x in share.layers if x.index > 0]
+    return max(sizes, default=0) if share.mesh.shard == "weights" else sum(sizes)
 
 
 def _gradient(share: Share) -> int:
     """A layer's gradient before it is added to what lasts of it: of a copy, or of a piece."""
     largest = max(layer.num_weights for layer in share.layers)
-    if share.has_copies:
-        return largest * share.precision.compute
-    return largest * share.precision.master if share.mesh.microbatches > 1 else 0
+    number, several = share.precision, share.mesh.microbatches > 1
+    if share.mesh.is_sharded:  # those of all pieces are summed before processes are
+        at_once = several and (share.is_first or not share.is_network)
+        return largest * number.compute * (2 if at_once else 1)
+    of_copy = largest * number.compute if share.has_copies else 0
+    return of_copy + (largest * number.master if several else 0)
 
 
 def _working(share: Share, layer: LayerShare) -> int:

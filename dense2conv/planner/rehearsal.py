@@ -48,6 +48,8 @@ def rehearse(config: PlanConfig) -> list[Rehearsal]:
     """A step of the first process of each pipeline stage of ``config.parallel``.
 
     Images are blank, and metrics are those of every step. Over gloo the same sums are sent in pieces.
+    Gradients of micro-batches are added up out of place here, which real tensors' are not: that is
+    one layer's gradient more.
 
     Raises:
         InputError: this process is one of a job.
