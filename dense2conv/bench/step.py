@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -18,24 +17,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dense2conv.bench.timing import Ratio, Work, aligned, interleaved, machine, peak_bytes, plain
+from dense2conv.bench.groups import (
+    LEARNING_RATE,
+    Candidate,
+    Group,
+    arrows,
+    mark,
+    measure,
+    on_one,
+    synchroniser,
+)
+from dense2conv.bench.pipelining import pipeline_group
+from dense2conv.bench.timing import Ratio, Work, interleaved, machine, plain
+from dense2conv.bench.utilisation import layer_utilisation
 from dense2conv.files import write_atomically
 from dense2conv.models import DenseStack, ModelConfig
-from dense2conv.models.dense_stack import DenseLayer, layer_name
+from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import coding_rate
 from dense2conv.objectives.sums import total
 from dense2conv.parallel import Mesh, ParallelConfig
-from dense2conv.parallel.mesh import make_mesh
-from dense2conv.parallel.pipeline import Pipeline
 from dense2conv.rng import IMAGES, normal_rows
 from dense2conv.shapes import SINGLE, Axis, InputError, Layout
 from dense2conv.training.run_folder import RunConfig, RunFolder
 
-LEARNING_RATE = 1e-6  # the update is made and timed, and moves next to nothing
 _LOSSES = ("plain", "rate")
-BATCHES = 4  # pass through a pipeline in one measurement
 _SIDE_BY_SIDE = 0.8  # of the ideal speed-up: below it the processes share cores
 
 
@@ -166,8 +172,6 @@ def bench_step(config: StepBench, mesh: Mesh) -> None:
 
 
 def _groups(config: StepBench, mesh: Mesh) -> list[Callable[[], Group]]:
-    from dense2conv.bench.utilisation import layer_utilisation
-
     networks = product(config.networks, config.batches, config.losses)
     layers: list[Callable[[], Group]]
     layers = [partial(layer_utilisation, config, mesh, *shape) for shape in config.whole_layers]
@@ -176,7 +180,7 @@ def _groups(config: StepBench, mesh: Mesh) -> list[Callable[[], Group]]:
     return [
         *(partial(_network, config, mesh, *case) for case in networks),
         *(partial(_rate, config, mesh, *shape) for shape in config.rates),
-        *(partial(_pipeline, config, mesh, *shape) for shape in config.pipelines),
+        *(partial(pipeline_group, config, mesh, *shape) for shape in config.pipelines),
         *layers,
     ]
 
@@ -194,41 +198,6 @@ def _write(folder: RunFolder, about: dict[str, Any], groups: list[Group]) -> Non
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in row.items()}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to do the work; ``kept`` is what it holds on this process between two times.
-
-    Without ``work`` it cannot be had here, and ``note`` says why.
-    """
-
-    work: Work | None
-    kept: Iterable[Tensor] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Candidates that took turns, a row each, ours first; and the marks that ours is held to."""
-
-    what: str
-    rows: list[dict[str, Any]]
-    marks: list[dict[str, Any]]
-
-    def __str__(self) -> str:
-        lines = [[self.what, "ms", "time / ours", "MiB a process", ""]]
-        for row in self.rows:
-            figures = ["", "", ""]
-            if "seconds" in row:
-                milliseconds, mebibytes = 1e3 * row["seconds"], row["peak_bytes"] / 2**20
-                figures = [f"{milliseconds:.4g}", str(row["ratio"]), f"{mebibytes:.1f}"]
-            lines.append([f"  {row['candidate']}", *figures, row["note"]])
-        text = aligned(lines)
-        for mark in self.marks:
-            met = "met" if mark["met"] else "MISSED"
-            text.append(f"  {mark['mark']}: {mark['is']}; {mark['bound']}: {met}")
-        return "\n".join(text)
 
 
 @dataclass(frozen=True)
@@ -332,10 +301,10 @@ def _network(config: StepBench, mesh: Mesh, widths: list[int], m: int, loss: str
         "ours": dense_step(problem, mesh.layout),
         **rivals,
         "silent": dense_step(problem, Layout(features=SilentAxis(mesh.tp))),
-        "one process": _on_one(mesh, lambda: dense_step(problem, SINGLE)),
+        "one process": on_one(mesh, lambda: dense_step(problem, SINGLE)),
     }
     problem.weights.clear()  # every candidate has its own
-    times, rows = measure(config, mesh, candidates)
+    times, rows = measure(mesh, candidates, config.pairs, config.seconds)
     marks = [_silent_mark(times)]
     if loss == "plain":
         best = min((name for name in rivals if name in times), key=lambda name: median(times[name]))
@@ -374,124 +343,12 @@ def _rate(config: StepBench, mesh: Mesh, m: int, d: int) -> Group:
         "ours": candidate(ours(mesh.layout), own),
         "DTensor": candidate(dtensor, own),
         "silent": candidate(ours(Layout(features=SilentAxis(mesh.tp))), own),
-        "one process": _on_one(mesh, lambda: candidate(ours(SINGLE), whole)),
+        "one process": on_one(mesh, lambda: candidate(ours(SINGLE), whole)),
     }
-    times, rows = measure(config, mesh, candidates)
+    times, rows = measure(mesh, candidates, config.pairs, config.seconds)
     ratio = Ratio.of(times["DTensor"], times["ours"])
     marks = [mark("DTensor / ours", ratio, "at least 1.8", ratio.median >= 1.8)]
     return Group(f"the rate alone of {m} × {d}, forward and backward", rows, marks)
-
-
-def _on_one(mesh: Mesh, make: Callable[[], Candidate]) -> Candidate:
-    """A candidate of the first process; the others wait."""
-    return make() if mesh.is_main else Candidate(lambda: None)
-
-
-@dataclass
-class Clock:
-    """Seconds of a pipeline's stage, and how many of these it was idle."""
-
-    wall: float = 0.0
-    idle: float = 0.0
-
-    @property
-    def busy(self) -> float:
-        return 1 - self.idle / self.wall if self.wall else math.nan
-
-
-class LayerWiseStage:
-    """A stage that codes for itself and sends its activations on: nothing flows back.
-
-    Batch t+1 enters while batch t is still in the later stages. Every call is ``BATCHES`` batches.
-
-    Args:
-        mesh: with one stage a process.
-        layer: the stage.
-        x: (m, D), the batch that enters the first stage.
-        microbatches: M.
-        input_gradient: make the gradient of the inputs too, which nobody needs: then a stage has
-            the very products of one that is back-propagated through.
-    """
-
-    def __init__(
-        self, mesh: Mesh, layer: DenseLayer, x: Tensor, microbatches: int, input_gradient: bool
-    ) -> None:
-        self.layer, self.x, self.microbatches = layer, x, microbatches
-        self.input_gradient = input_gradient
-        self.pipeline = Pipeline(mesh, microbatches)
-        self.optimizer = torch.optim.SGD(layer.parameters(), LEARNING_RATE)
-        self.clock = Clock()
-
-    def __call__(self) -> None:
-        for batch in range(BATCHES):
-            began = time.perf_counter()
-            self._batch()
-            waited = self.pipeline.take_seconds_waited()
-            if batch > 0:  # the first fills the pipeline
-                self.clock.wall += time.perf_counter() - began
-                self.clock.idle += waited
-        self.pipeline.drain()
-
-    def _batch(self) -> None:
-        outputs = []
-        for piece in self._pieces():
-            z = self.layer(piece.requires_grad_(self.input_gradient))  # (m/M, d)
-            outputs.append(z)
-            if not self.pipeline.is_last:
-                self.pipeline.send(F.relu(z.detach()))
-        for z in outputs:
-            z.square().mean().div(self.microbatches).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _pieces(self) -> Iterator[Tensor]:
-        m, width = self.x.shape
-        if self.pipeline.is_first:
-            yield from self.x.detach().chunk(self.microbatches)
-            return
-        shape = (m // self.microbatches, width)
-        for _ in range(self.microbatches):
-            yield self.pipeline.receive(shape, self.x.dtype)
-
-
-def _pipeline(config: StepBench, mesh: Mesh, width: int, m: int) -> Group:
-    """A pipeline of equal layers: layer-wise objectives beside one that is back-propagated."""
-    from dense2conv.bench import step_rivals
-
-    stages = make_mesh(mesh.tp.size, 1, 1, mesh.device)
-    x = normal_rows((config.seed, IMAGES), range(m), width).to(mesh.device)
-
-    def layer() -> DenseLayer:
-        layer = DenseLayer(width, width, range(width), bias=False)
-        layer.init(config.seed, stages.pp.rank, 1.0)
-        return layer.to(mesh.device)
-
-    pieces = config.microbatches
-    back_propagated = "all forward, all backward"
-    works: dict[str, LayerWiseStage | step_rivals.BackPropagatedStage] = {
-        "ours": LayerWiseStage(stages, layer(), x, pieces, input_gradient=True),
-        "ours, no input gradient": LayerWiseStage(stages, layer(), x, pieces, input_gradient=False),
-        back_propagated: step_rivals.BackPropagatedStage(stages, layer(), x, pieces),
-    }
-    candidates = {
-        name: Candidate(work, [x, *work.layer.parameters()]) for name, work in works.items()
-    }
-    times, rows = measure(config, mesh, candidates)
-    # Of a batch's slots, each the work of one piece: those in which a stage fills or drains.
-    bubble = (stages.pp.size - 1) / (pieces + stages.pp.size - 1)
-    for row, (name, work) in zip(rows, works.items(), strict=True):
-        row["seconds"] /= BATCHES
-        row["busy"] = _everywhere(mesh, work.clock.busy)
-        row["idle_slots"] = bubble if name == back_propagated else 0.0
-        busy = ", ".join(f"{share:.1%}" for share in row["busy"])
-        row["note"] = f"stages busy {busy}; idle slots by count {row['idle_slots']:.0%}"
-    ratio, least = Ratio.of(times[back_propagated], times["ours"]), min(rows[0]["busy"])
-    marks = [
-        mark(f"{back_propagated} / ours", ratio, "at least 1.15", ratio.median >= 1.15),
-        mark("our least busy stage", round(least, 4), "at least 0.95", least >= 0.95),
-    ]
-    what = f"pipeline {arrows([width] * (stages.pp.size + 1))}, batch {m} in {pieces} pieces"
-    return Group(what, rows, marks)
 
 
 def _calibrate(config: StepBench, mesh: Mesh) -> Ratio:
@@ -504,7 +361,7 @@ def _calibrate(config: StepBench, mesh: Mesh) -> Ratio:
         "one": (lambda: a @ a) if mesh.is_main else (lambda: None),
         "silent": lambda: own @ a,
     }
-    times = interleaved(works, config.pairs, math.inf, _synchroniser(mesh))
+    times = interleaved(works, config.pairs, math.inf, synchroniser(mesh))
     return Ratio.of(times["one"], times["silent"])
 
 
@@ -521,51 +378,6 @@ def _on_cores(speed: Ratio, num_processes: int) -> str:
     )
 
 
-def measure(
-    config: StepBench, mesh: Mesh, candidates: dict[str, Candidate]
-) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """Seconds of every candidate round by round, and a row each."""
-    synchronise = _synchroniser(mesh)
-    works = {name: each.work for name, each in candidates.items() if each.work is not None}
-    began = time.perf_counter()
-    for work in works.values():
-        work()
-    # Agreed by all: a process that stopped by its own clock would leave the others waiting.
-    round_seconds = max(_everywhere(mesh, time.perf_counter() - began))
-    num_rounds = min(config.pairs, max(3, int(config.seconds / round_seconds)))
-    times = interleaved(works, num_rounds, math.inf, synchronise)
-    rows = []
-    for name, candidate in candidates.items():
-        row: dict[str, Any] = {"candidate": name, "note": candidate.note}
-        if name in works:
-            synchronise()
-            peak = sum(t.nbytes for t in candidate.kept) + peak_bytes(works[name], mesh.device)
-            row["seconds"] = median(times[name])
-            row["ratio"] = Ratio.of(times[name], times["ours"])
-            row["peak_bytes"] = int(max(_everywhere(mesh, peak)))
-        rows.append(row)
-    return times, rows
-
-
-def _everywhere(mesh: Mesh, number: float) -> list[float]:
-    """Every process's number."""
-    own = torch.tensor([number], dtype=torch.float64, device=mesh.device)
-    return [float(each) for each in mesh.tp.gather(own, mesh.tp.size)]
-
-
-def _synchroniser(mesh: Mesh) -> Work:
-    """Wait for the device and for the other processes."""
-    return lambda: mesh.tp.sum(torch.zeros((), device=mesh.device)).item()
-
-
 def _silent_mark(times: dict[str, list[float]]) -> dict[str, Any]:
     ratio = Ratio.of(times["ours"], times["silent"])
     return mark("ours / silent", ratio, "at most 1.15", ratio.median <= 1.15)
-
-
-def mark(name: str, value: Ratio | float, bound: str, met: bool) -> dict[str, Any]:
-    return {"mark": name, "is": value, "bound": bound, "met": met}
-
-
-def arrows(widths: list[int]) -> str:
-    return "→".join(map(str, widths))

@@ -26,7 +26,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from dense2conv.bench.step import BATCHES, LEARNING_RATE, Candidate, Clock, Problem, Step
+from dense2conv.bench.groups import LEARNING_RATE, Candidate
+from dense2conv.bench.pipelining import BATCHES, Clock
+from dense2conv.bench.step import Problem, Step
 from dense2conv.models.dense_stack import DenseLayer
 from dense2conv.parallel import Mesh
 

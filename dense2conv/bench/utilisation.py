@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dense2conv.bench.step import LEARNING_RATE, Candidate, Group, StepBench, arrows, mark, measure
+from dense2conv.bench.groups import LEARNING_RATE, Candidate, Group, arrows, mark, measure
 from dense2conv.bench.timing import Ratio
 from dense2conv.models import DenseStack, ModelConfig
 from dense2conv.objectives import EfficientCoding, ObjectiveConfig
@@ -24,6 +24,9 @@ from dense2conv.parallel import Mesh
 from dense2conv.parallel.engines import NativeEngine
 from dense2conv.training.measures import layer_flops
 from dense2conv.training.optim import OptimizerConfig, make_optimizer
+
+if TYPE_CHECKING:
+    from dense2conv.bench.step import StepBench
 
 _COMPUTE = torch.bfloat16
 
@@ -73,7 +76,7 @@ def layer_utilisation(config: StepBench, mesh: Mesh, num_inputs: int, num_units:
     }
     if config.compile:
         candidates["update alone, not compiled"] = Candidate(partial(update, eager))
-    times, rows = measure(config, mesh, candidates)
+    times, rows = measure(mesh, candidates, config.pairs, config.seconds)
     flops = layer_flops([num_inputs, num_units], network_scope=False) * m / mesh.tp.size
     rows[0]["tflops"] = flops / median(times["ours"]) / 1e12
     rows[1]["tflops"] = flops / median(times["products alone"]) / 1e12

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dense2conv.bench.groups import Group
+from dense2conv.bench.pipelining import BATCHES, LayerWiseStage
 from dense2conv.bench.step import (
-    BATCHES,
-    Group,
-    LayerWiseStage,
     Problem,
     SilentAxis,
     StepBench,
