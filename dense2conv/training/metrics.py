@@ -263,7 +263,7 @@ class MetricsLog:
         scalars = {k: v for k, v in values.items() if isinstance(v, float)}
         if scalars.keys() != {"time"}:
             self._unwritten += json.dumps({"step": step, **scalars}).encode() + b"\n"
-            self._progress.show(scalars)
+            self._progress.show(step, scalars)
         for sink in self._sinks:
             sink(step, values)
         worst = max((v for k, v in scalars.items() if k.endswith("dead")), default=0.0)

@@ -31,17 +31,17 @@ class Progress:
         self._bar.update(step - self._step)
         self._step = step
 
-    def show(self, values: dict[str, float]) -> None:
-        """The newest rate, sparsity and radius."""
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """What is known of a step, and was not when the bar was there."""
         self._values |= {
             k: values[k] for k in ("rate", "objective", "sparsity", "radius") if k in values
         }
         if self._live:
             self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._values.items()}, refresh=False)
-        elif self._step >= self._next_line:
-            self._next_line = self._step + max(1, self._num_steps // 10)
+        elif step >= self._next_line or step == self._num_steps:
+            self._next_line = step + max(1, self._num_steps // 10)
             figures = "  ".join(f"{k} {v:.3f}" for k, v in self._values.items())
-            self.say(f"step {self._step}/{self._num_steps}  {figures}")
+            self.say(f"step {step}/{self._num_steps}  {figures}")
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
