@@ -20,7 +20,7 @@ from dense2conv.training.checkpoint import CheckpointConfig, Checkpoints
 from dense2conv.training.optim import OptimizerConfig, make_optimizer
 from tests.ranks import on_ranks
 
-D, WIDTHS, M, STEPS = 21, [16, 14, 10], 24, 20
+D, WIDTHS, M, STEPS = 21, [16, 14, 12, 10], 24, 20
 LR = {"prox_adam": 0.02, "AdamW": 0.002, "SGD": 0.005}
 
 
@@ -389,6 +389,14 @@ def test_deepspeeds_combinations_are_let_pass():
         (
             {"parallel": {"pp": 2}, "objective": {"scope": "network"}, "deepspeed": {"zero": 2}},
             "deepspeed.zero=2 and parallel.pp=2 with engine=deepspeed",
+        ),
+        (
+            {
+                "parallel": {"pp": 2},
+                "objective": {"scope": "network"},
+                "model": {"widths": [16, 14, 10]},
+            },
+            "deepspeed.zero=1 and parallel.pp=2 with engine=deepspeed: .* the 3 of",
         ),
         (
             {"parallel": {"tp": 4}, "model": {"widths": [256, 5]}, "deepspeed": {"zero": 3}},

@@ -158,7 +158,7 @@ def _validate_deepspeed(
     if config.zero not in range(4):
         raise InputError(f"{zero} is no stage of ZeRO; use 0, 1, 2 or 3")
     if parallel.pp > 1:
-        _validate_deepspeed_pipeline(config, parallel, objective)
+        _validate_deepspeed_pipeline(config, parallel, model, objective)
     tp = parallel.tp
     short = [width for width in model.widths if math.ceil(width / tp) * (tp - 1) >= width]
     if config.zero == 3 and short:
@@ -191,7 +191,10 @@ def _validate_deepspeed(
 
 
 def _validate_deepspeed_pipeline(
-    config: DeepspeedConfig, parallel: ParallelConfig, objective: ObjectiveConfig
+    config: DeepspeedConfig,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
 ) -> None:
     stages = f"parallel.pp={parallel.pp} with engine=deepspeed"
     if objective.scope != "network":
@@ -209,6 +212,12 @@ def _validate_deepspeed_pipeline(
         raise InputError(
             f"deepspeed.zero={config.zero} and {stages}: beside its pipeline DeepSpeed shards the "
             "optimizer's state alone; use deepspeed.zero=1 or 0, or parallel.pp=1"
+        )
+    if config.zero == 1 and len(model.widths) % parallel.pp:
+        raise InputError(
+            f"deepspeed.zero=1 and {stages}: it sums the norm of a gradient over all stages layer by "
+            f"layer, and the {len(model.widths)} of model.widths={model.widths} do not divide by their "
+            "number, so that one would wait for ever; use deepspeed.zero=0, or another parallel.pp"
         )
 
 
