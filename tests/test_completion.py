@@ -46,7 +46,7 @@ def offered(request, tmp_path, monkeypatch, capsys):
 def test_commands_keys_groups_values_and_runs_are_offered(offered):
     assert offered("dense2conv ") == sorted(COMMANDS)
     assert offered("dense2conv tra") == ["train"]
-    assert offered("dense2conv train objective.s") == ["objective.scope="]
+    assert offered("dense2conv train objective.sc") == ["objective.scope="]
     assert offered("dense2conv train seed=1 objective.scope=") == ["layerwise", "network"]
     assert offered("dense2conv train objective.scope=n") == ["network"]
     assert offered("dense2conv train experiment=imagenet") == ["imagenet224", "imagenet64"]
