@@ -97,7 +97,8 @@ class Axis:
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Start what ``sum`` does; the result waits for it, and gives the sum."""
-        return lambda: tensor
+        summed = self.sum(tensor)
+        return lambda: summed
 
     def gather(self, tensor: Tensor, total: int, dim: int = 0) -> Tensor:
         """The processes' shards joined along ``dim``, which then has length ``total``."""
@@ -105,7 +106,8 @@ class Axis:
 
     def scatter_sum(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Own shard along ``dim`` of the sum of the processes' tensors; not differentiable."""
-        return tensor
+        own = self.shard(tensor.shape[dim])
+        return self.sum(tensor).narrow(dim, own.start, len(own))
 
     def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """X Wᵀ + b of X (m, D), whose columns ``shard`` this process holds; ``weight`` is (d, D)."""

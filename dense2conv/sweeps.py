@@ -12,8 +12,7 @@ import logging
 import math
 import os
 import re
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class Job:
     number: int
     overrides: list[str]
     folder: str
-    sweep: str  # the start of the sweep that it belongs to
+    start: int  # of the sweep: its first, its second, …
     state: str = "running"  # running | stopped | done | failed: why
     value: float | None = None
 
@@ -71,12 +70,12 @@ class Sweep:
     Args:
         folder: of the sweep.
         fixed: keys of overrides that are not swept.
-        start: names this start of the sweep.
+        start: how often the sweep has been started, this time included.
     """
 
     folder: Path
     fixed: frozenset[str]
-    start: str = field(default_factory=lambda: f"{time.time():.6f}")
+    start: int
 
     def record(self, name: str) -> Path:
         """The file that says how a job went."""
@@ -95,9 +94,13 @@ class Sweep:
 
     def jobs(self) -> list[Job]:
         """This start's, and what earlier ones have ended."""
-        jobs = [Job(**json.loads(p.read_text())) for p in self.folder.glob(".jobs/*.json")]
-        jobs = [job for job in jobs if job.state == "done" or job.sweep == self.start]
-        return sorted(jobs, key=lambda job: (job.sweep, job.number))
+        jobs = [job for job in known(self.folder) if job.state == "done" or job.start == self.start]
+        return sorted(jobs, key=lambda job: (job.start, job.number))
+
+
+def known(folder: Path) -> list[Job]:
+    """All jobs that a sweep has had."""
+    return [Job(**json.loads(path.read_text())) for path in folder.glob(".jobs/*.json")]
 
 
 def sweep(words: list[str]) -> int:
@@ -134,7 +137,8 @@ def sweep(words: list[str]) -> int:
     if RunFolder(folder).config.exists():
         raise InputError(f"{folder} is the folder of a run; give the sweep another run.name")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna; tells all that it loads
-    this = Sweep(folder, frozenset(_key(word) for word in ours))
+    start = 1 + max((job.start for job in known(folder)), default=0)
+    this = Sweep(folder, frozenset(_key(word) for word in ours), start)
     code = _run(this, [*_HYDRA, f'hydra.sweep.dir="{folder}"', *words])
     jobs = this.jobs()
     folder.mkdir(parents=True, exist_ok=True)

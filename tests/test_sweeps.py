@@ -214,6 +214,7 @@ def test_wandbs_agent_runs_what_its_sweep_file_says(monkeypatch):
     """The agent's own code makes the words. Their schema is in a package that wants others than we have."""
     for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.setenv(name, "sweep")
+    monkeypatch.setenv("WANDB_DIR", str(Path.cwd()))  # the agent sets it, and leaves it
     program = Path("program")
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >words\n')
     program.chmod(0o755)
