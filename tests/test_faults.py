@@ -142,12 +142,12 @@ HANGS = (
 KILLED = r"was killed, last seen in [\w ]+ of step \d+; look at that host \(dmesg .*resume=true"
 STOPPED = r"was stopped by a signal, last seen in [\w ]+ of step \d+; look at .*resume=true"
 KEEPER = r", which keeps the job's store, was {}, seen from rank 1 in .* of step \d+; .*resume=true"
-NOT_FINITE = (
-    r"features of layer1 hold NaN .*\(NaN or Inf in {} on {}, in forward and backward of step"
+NOT_FINITE = (  # in the layer below or, where that is another stage, above: whoever finds it first
+    r"features of layer[12] hold NaN .*\(NaN or Inf in {} on {}, in forward and backward of step"
 )
 LACKS_MEMORY = (
-    r"out of memory \(CUDA out of memory\. Tried .*\); the largest tensors here are .*raise parallel.tp "
-    r".*\(no memory left on {}, in reading images of step \d+\)"
+    r"out of memory \(CUDA out of memory\. Tried .*\); the largest tensors here are .* MiB; "
+    r"narrow model.widths, or .*parallel\.\w+ .*\(no memory left on {}, in reading images of step \d+\)"
 )
 CASES = {
     "stopped": (2, stop, "parallel.tp=2", -1, STOPPED),

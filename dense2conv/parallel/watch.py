@@ -227,6 +227,8 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             # Launchers terminate the others of a process that has ended: not before the last word.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._heard:  # whoever spoke has ended, and that is what failed here
+            return ToldElsewhere()
         broken = _is_communication(error)
         try:
             looked = self._ask(self._look_if_first)
