@@ -134,16 +134,20 @@ class GroupAxis(Axis):
         ``pieces`` being by rank; the result waits for it.
         """
         leaving = [self.send(pieces[rank].contiguous(), rank) for rank in self.others(1)]
-        arriving = {rank: self.receive(torch.empty_like(shard), rank) for rank in self.others(-1)}
+        first = min(self.others(1))  # whose piece is received where the sum is to be
+        places = {
+            rank: shard if rank == first else torch.empty_like(shard) for rank in self.others(-1)
+        }
+        arriving = {rank: self.receive(place, rank) for rank, place in places.items()}
         arriving[self.rank] = lambda own=pieces[self.rank]: own  # type: ignore[misc]
         wide = at_least_fp32(shard.dtype)  # 16 bits would be rounded after every piece
 
         def finish() -> None:
-            total = shard if shard.dtype == wide else shard.new_empty(shard.shape, dtype=wide)
-            # By rank: the sum does not depend on whose part it is.
-            total.copy_(arriving[0]())
-            for rank in range(1, self.size):
-                total.add_(arriving[rank]())
+            total = arriving[first]().to(wide)
+            # By rank, of the first two in either order: the sum does not depend on whose part it is.
+            for rank in range(self.size):
+                if rank != first:
+                    total.add_(arriving[rank]())
             if total is not shard:
                 shard.copy_(total)
             for has_left in leaving:
