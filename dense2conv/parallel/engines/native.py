@@ -170,12 +170,11 @@ class NativeEngine:
         In their precision, and with the rows that the other processes along dp keep. A gradient
         goes back into the own rows: the sum of all dp processes'.
         """
-        layer = self.stack.layer(i)
-        return self._whole(i, layer.weight), None if layer.bias is None else self._whole(
-            i, layer.bias
-        )
+        weight, bias = self.stack.layer(i).weight, self.stack.layer(i).bias
+        return self._whole(i, weight), None if bias is None else self._whole(i, bias)
 
     def _whole(self, i: int, own: Tensor) -> Tensor:
+        """All d/tp rows of a parameter of layer ``i``, in the precision of products."""
         own = own.to(self.compute)
         if not self.is_sharded:
             return own
