@@ -109,8 +109,19 @@ class Axis:
         own = self.shard(tensor.shape[dim])
         return self.sum(tensor).narrow(dim, own.start, len(own))
 
-    def linear(self, shard: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X Wᵀ + b of X (m, D), whose columns ``shard`` this process holds; ``weight`` is (d, D)."""
+    def linear(
+        self,
+        shard: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        num_units: int | None = None,
+    ) -> Tensor:
+        """X Wᵀ + b of X (m, D), whose columns ``shard`` this process holds.
+
+        weight, bias: (d, D) and (d,), of the units that this process holds.
+        num_units: of all processes. Where it is told, weights may travel instead of X if they are
+            fewer; what has arrived of them is held until backward.
+        """
         return F.linear(self.gather(shard, weight.shape[1], dim=1), weight, bias)
 
     def shard(self, total: int, rank: int | None = None) -> range:

@@ -1,7 +1,8 @@
 """Ratios of times from interleaved rounds, peak memory, and what the machine can do at best.
 
 A time on a shared machine means little; a ratio of two, taken one right after the other and often,
-does. Each round runs every candidate in turn, the quick ones several times in a row, as training does.
+does. Each round runs every candidate in turn, in an order of its own, the quick ones several times in a
+row, as training does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,7 +77,9 @@ def interleaved(
     for done in range(-1, num_rounds):
         if done >= _MIN_ROUNDS and time.perf_counter() - began > seconds:
             break
-        for name, work in candidates.items():
+        # In another order every time, the same on all processes: what one leaves behind (caches, the
+        # allocator's free blocks, an idle core) is not always the same other one's to find.
+        for name, work in random.Random(done).sample(list(candidates.items()), len(candidates)):
             gc.collect(0)
             synchronise()
             start = time.perf_counter()

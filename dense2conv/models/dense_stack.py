@@ -97,7 +97,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor, columns: Axis = WHOLE) -> Tensor:
         """The output (m, d/tp) for inputs (m, D), whose columns may be spread over an axis."""
-        return columns.linear(x, self.weight, self.bias)
+        return columns.linear(x, self.weight, self.bias, self.num_units)
 
 
 class Standardise(nn.Module):

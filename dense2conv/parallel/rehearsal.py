@@ -30,6 +30,7 @@ _KINDS = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
     "send": "send",
     "recv_": "receive",
 }
@@ -38,8 +39,8 @@ _KINDS = {
 class Recorder(TorchDispatchMode):
     """Counts the collectives that are called, and the bytes of the tensors that are alive.
 
-    Bytes of a call are those of the joined tensor of an all_gather or reduce_scatter, and of the tensor
-    of the others.
+    Bytes of a call are those of the joined tensor of an all_gather or reduce_scatter, of the larger
+    tensor of an all_to_all, and of the tensor of the others.
     """
 
     def __init__(self, axes: dict[str, str]) -> None:

@@ -66,7 +66,7 @@ def memory(share: Share) -> Memory:
     alive until the last gradient, as the first layer's are.
     """
     number, rows, weights = share.precision, share.num_rows, share.num_weights
-    inputs = sum(rows * layer.num_inputs for layer in share.layers) * number.compute
+    inputs = sum(_inputs(share, layer) for layer in share.layers) * number.compute
     outputs = sum(rows * layer.num_held for layer in share.layers) * number.compute
     working = max((_working(share, layer) for layer in share.coded), default=0)
     rates = [rate for layer in share.coded for rate in share.rates(layer)]
@@ -85,6 +85,14 @@ def memory(share: Share) -> Memory:
         update=_update(share),
         checkpoint=_copied(share),
     )
+
+
+def _inputs(share: Share, layer: LayerShare) -> int:
+    """All of them, or own ones and what has come of others' weights for these, of every micro-batch."""
+    if not share.exchanges(layer):
+        return share.num_rows * layer.num_inputs
+    columns = layer.num_units * share.mesh.microbatches
+    return (share.num_rows + columns) * share.held(layer.num_inputs)
 
 
 def _copies(share: Share) -> int:

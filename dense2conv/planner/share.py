@@ -19,6 +19,7 @@ import torch
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives.weight_rows import columns_at_once
 from dense2conv.parallel import ParallelConfig
+from dense2conv.parallel.products import weights_travel
 from dense2conv.planner.config import PlanConfig
 from dense2conv.shapes import Axis
 from dense2conv.training.optim import OptimizerConfig, make_optimizer
@@ -160,6 +161,16 @@ class Share:
     def is_network(self) -> bool:
         """Whether there is one objective, at the top."""
         return self.config.objective.scope == "network"
+
+    def exchanges(self, layer: LayerShare) -> bool:
+        """Whether blocks of a layer's weights travel along tp instead of its inputs."""
+        mesh = self.mesh
+        if layer.index == 0 or not self.is_network or mesh.tp == 1:
+            return False
+        if mesh.is_sharded and mesh.shard == "weights":  # what has arrived would be held on to
+            return False
+        rows = self.num_microbatch_rows
+        return weights_travel(rows, layer.num_inputs, layer.num_units, mesh.tp)
 
     @property
     def gram_bytes(self) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives.gram import panels
-from dense2conv.parallel.collectives import row_chunks
+from dense2conv.parallel.products import row_chunks
 from dense2conv.planner.share import LayerShare, Rate, Share
 
 
@@ -21,7 +21,7 @@ class Collective:
     """``count`` calls a step over one mesh axis.
 
     num_bytes: of one call: of the joined tensor of an all_gather or reduce_scatter, the tensor of an
-    all_reduce, send or receive.
+    all_reduce, send or receive, and what an all_to_all sends to others, or gets of them if that is more.
     """
 
     purpose: str
@@ -67,8 +67,7 @@ def _norms(share: Share) -> list[Collective]:
 
 def _forward(share: Share) -> list[Collective]:
     mesh, compute = share.mesh, share.precision.compute
-    rows, pieces = share.num_microbatch_rows, mesh.microbatches
-    calls = []
+    rows, calls = share.num_microbatch_rows, []
     if share.is_first:
         image = share.config.data.shape.numel * share.pixel_bytes
         calls.append(_gather("pixels", "tp", mesh.tp, share.num_rows, image))
@@ -82,8 +81,7 @@ def _forward(share: Share) -> list[Collective]:
             if layer == share.layers[0]:
                 below = rows * share.held(layer.num_inputs) * compute
                 calls += _neighbours(share, "receive", f"activations to {name}", below)
-            gathered = _gather(f"activations to {name}", "tp", mesh.tp, layer.num_inputs, compute)
-            calls += _in_chunks(gathered, rows, pieces)
+            calls += _inputs(share, layer)
         if layer.index == len(share.config.model.widths) - 1:
             continue
         if share.config.model.standardise:
@@ -94,6 +92,37 @@ def _forward(share: Share) -> list[Collective]:
             shown = rows * layer.num_held * compute
             calls += _neighbours(share, "send", f"activations of {name}", shown)
     return calls
+
+
+def _inputs(share: Share, layer: LayerShare) -> list[Collective]:
+    """What a product with spread inputs sends forward: these, or blocks of weights and outputs."""
+    name, size, number = layer_name(layer.index), share.mesh.tp, share.precision.compute
+    of_a_row = _gather(f"activations to {name}", "tp", size, layer.num_inputs, number)
+    calls = []
+    if share.exchanges(layer):
+        calls.append(_block(share, layer, f"weights of {name}"))
+        outputs = _gather(f"outputs of {name}", "tp", size, layer.num_units, number)
+        of_a_row = replace(outputs, kind="reduce_scatter")
+    return calls + _in_chunks(of_a_row, share.num_microbatch_rows, share.mesh.microbatches)
+
+
+def _input_gradients(share: Share, layer: LayerShare) -> list[Collective]:
+    """What it sends backward: the sum of the inputs' gradients, or those of outputs and of blocks."""
+    name, size, number = layer_name(layer.index), share.mesh.tp, share.precision.compute
+    joined = _gather(f"gradient to {name}'s inputs", "tp", size, layer.num_inputs, number)
+    of_a_row, calls = replace(joined, kind="reduce_scatter"), []
+    if share.exchanges(layer):
+        of_a_row = _gather(f"gradient of {name}'s outputs", "tp", size, layer.num_units, number)
+        calls.append(_block(share, layer, f"gradient of {name}'s weights"))
+    return calls + _in_chunks(of_a_row, share.num_microbatch_rows, share.mesh.microbatches)
+
+
+def _block(share: Share, layer: LayerShare, purpose: str) -> Collective:
+    """Own units' weights for the others' inputs, in exchange for those of their units for own ones."""
+    units, inputs = layer.num_held, share.held(layer.num_inputs)
+    largest = max(units * (layer.num_inputs - inputs), (layer.num_units - units) * inputs)
+    num_bytes = largest * share.precision.compute
+    return Collective(purpose, "all_to_all", "tp", num_bytes, share.mesh.microbatches)
 
 
 def _rows(share: Share, layer: LayerShare) -> list[Collective]:
@@ -162,14 +191,11 @@ def _blocks(rate: Rate, number: int) -> list[Collective]:
 
 
 def _gradients(share: Share) -> list[Collective]:
-    mesh, compute, calls = share.mesh, share.precision.compute, []
+    calls = []
     for layer in share.layers:
         name = layer_name(layer.index)
         if share.is_network and layer.index > 0:
-            purpose = f"gradient to {name}'s inputs"
-            joined = _gather(purpose, "tp", mesh.tp, layer.num_inputs, compute)
-            scattered = replace(joined, kind="reduce_scatter")
-            calls += _in_chunks(scattered, share.num_microbatch_rows, mesh.microbatches)
+            calls += _input_gradients(share, layer)
         calls.append(_gradient(share, f"gradient of {name}", layer.num_held, layer.num_inputs))
         if share.config.model.bias:
             calls.append(_gradient(share, f"gradient of {name}'s bias", layer.num_held, 1))

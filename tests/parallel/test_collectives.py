@@ -6,12 +6,13 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense2conv.bench.timing import peak_bytes
 from dense2conv.objectives import gaussian_information, gram
 from dense2conv.objectives.gram import symmetric_product
-from dense2conv.parallel import ParallelConfig, collectives, open_mesh
+from dense2conv.parallel import ParallelConfig, open_mesh, products
 from dense2conv.shapes import Axis
 from tests.ranks import on_ranks
 
@@ -61,14 +62,14 @@ def test_a_sum_of_pieces_in_16_bits_is_rounded_once():
     assert on_ranks(4, _sum_in_16_bits) == [[260.0]] * 4
 
 
-PRODUCTS = [  # rows, inputs, precision, bias, and whether the inputs' gradient is asked for
-    (6, 8, torch.float64, True, True),
-    (7, 5, torch.float64, False, True),  # on four ranks the last one holds nothing
-    (1, 1, torch.float64, True, True),
-    (7, 9, torch.float64, False, False),
-    (40, 8, torch.float32, False, True),
-    (0, 8, torch.float32, True, True),
-    (7, 8, torch.bfloat16, True, True),
+PRODUCTS = [  # rows, inputs, units, precision, bias, and whether the inputs' gradient is asked for
+    (6, 8, 12, torch.float64, True, True),
+    (7, 5, 9, torch.float64, False, True),  # on four ranks the last one holds nothing
+    (1, 1, 1, torch.float64, True, True),
+    (7, 9, 12, torch.float64, False, False),
+    (40, 8, 5, torch.float32, False, True),
+    (0, 8, 12, torch.float32, True, True),
+    (7, 8, 12, torch.bfloat16, True, True),
 ]
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
@@ -77,41 +78,42 @@ def _draw(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _product_errors(axis, m, total, dtype, with_bias, with_input_gradient):
+def _own(axis, whole, dim):
+    own = axis.shard(whole.shape[dim])
+    return whole.narrow(dim, own.start, len(own)).clone()
+
+
+def _product_errors(axis, m, num_inputs, num_units, dtype, with_bias, with_input_gradient):
     """Of a product with spread columns and of its gradients, against one process in fp64."""
-    x, bias = _draw(m, total, seed=0).to(dtype), _draw(3, seed=1).to(dtype) if with_bias else None
-    weights = [_draw(3, total, seed=2 + rank).to(dtype) for rank in range(axis.size)]
-    own = axis.shard(total)
-    shard = x[:, own.start : own.stop].clone().requires_grad_(with_input_gradient)
-    held = [t.clone().requires_grad_() for t in (weights[axis.rank], bias) if t is not None]
-    output = axis.linear(shard, *held)
+    x, weight = _draw(m, num_inputs, seed=0).to(dtype), _draw(num_units, num_inputs, seed=1)
+    whole = [weight.to(dtype)] + ([_draw(num_units, seed=2).to(dtype)] if with_bias else [])
+    shard = _own(axis, x, 1).requires_grad_(with_input_gradient)
+    held = [_own(axis, t, 0).requires_grad_() for t in whole]
+    output = axis.linear(shard, *held, *([] if with_bias else [None]), num_units)
     output.square().sum().backward()
-    # On one process: every rank's units on the whole input.
-    whole = x.double().requires_grad_()
-    slow = [t.detach().double().requires_grad_() for t in held]
-    outputs = [whole @ weight.double().mT for weight in weights]
-    outputs[axis.rank] = whole @ slow[0].mT
-    shift = slow[1] if with_bias else 0
-    sum((z + shift).square().sum() for z in outputs).backward()
-    pairs = [(output, outputs[axis.rank] + shift), (held[0].grad, slow[0].grad)]
-    if with_bias:  # every rank has a copy of its own here
-        pairs.append((held[1].grad, (outputs[axis.rank] + shift).detach().mul(2).sum(0)))
+    x = x.double().requires_grad_()
+    whole = [t.double().requires_grad_() for t in whole]
+    slow = F.linear(x, *whole)
+    slow.square().sum().backward()
+    pairs = [(output, _own(axis, slow.detach(), 1))]
+    pairs += [(a.grad, _own(axis, b.grad, 0)) for a, b in zip(held, whole, strict=True)]
     if with_input_gradient:
-        pairs.append((shard.grad, whole.grad[:, own.start : own.stop]))
+        pairs.append((shard.grad, _own(axis, x.grad, 1)))
     assert (shard.grad is not None) == with_input_gradient
     return [float((a.double() - b).norm() / (1 + b.norm())) for a, b in pairs]
 
 
 def _products():
     """The largest error of every product whose tolerance it exceeds."""
-    collectives._MIN_CHUNK_ROWS = 2  # seven rows: three, three and one
+    products._MIN_CHUNK_ROWS = 2  # seven rows: three, three and one
     wrong = {}
     with open_mesh(ParallelConfig(tp=_world())) as mesh:
-        for case, by_pieces in product(PRODUCTS, [True, False]):
+        for case, by_pieces, exchanged in product(PRODUCTS, [True, False], [True, False]):
             mesh.tp.sends_pieces = lambda tensor, answer=by_pieces: answer
+            products.weights_travel = lambda *sizes, answer=exchanged: answer
             error = max(_product_errors(mesh.tp, *case))
-            if not error < TOLERANCE[case[2]]:
-                wrong[case, by_pieces] = error
+            if not error < TOLERANCE[case[3]]:
+                wrong[case, by_pieces, exchanged] = error
     return wrong
 
 
@@ -120,9 +122,10 @@ def test_a_product_with_spread_columns_is_that_with_the_whole(world_size):
     assert on_ranks(world_size, _products) == [{}] * world_size
 
 
-def _late(by_pieces):
+def _late(by_pieces, exchanged):
     """Whether a product and its gradients are the same bits when a rank comes late to each chunk."""
-    collectives._MIN_CHUNK_ROWS = 2
+    products._MIN_CHUNK_ROWS = 2
+    products.weights_travel = lambda *sizes: exchanged
     found = []
     with open_mesh(ParallelConfig(tp=_world())) as mesh:
         axis = mesh.tp
@@ -138,15 +141,16 @@ def _late(by_pieces):
             axis.lengths = lengths_in_a_while  # which every chunk begins with
             shard = _draw(7, 3, seed=axis.rank).requires_grad_()
             weight = _draw(4, 3 * axis.size, seed=9 + axis.rank).requires_grad_()
-            output = axis.linear(shard, weight)
+            output = axis.linear(shard, weight, None, 4 * axis.size)
             output.square().sum().backward()
             found.append(torch.cat([t.flatten() for t in (output, shard.grad, weight.grad)]))
     return all(torch.equal(found[0], each) for each in found)
 
 
 @pytest.mark.parametrize("by_pieces", [True, False])
-def test_the_result_does_not_depend_on_who_is_late(by_pieces):
-    assert all(on_ranks(4, _late, by_pieces))
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_the_result_does_not_depend_on_who_is_late(by_pieces, exchanged):
+    assert all(on_ranks(4, _late, by_pieces, exchanged))
 
 
 aten = torch.ops.aten
@@ -181,39 +185,65 @@ def _noted(begin, log):
     return noted
 
 
-def _order(by_pieces, *begin):
+def _order(by_pieces, exchanged, *begin):
     """What is done forward and backward, in a word a thing, of methods of the axis and products."""
-    collectives._MIN_CHUNK_ROWS = 2  # seven rows: three, three and one
+    products._MIN_CHUNK_ROWS = 2  # seven rows: three, three and one, or four and three
+    products.weights_travel = lambda *sizes: exchanged
     log = []
     with open_mesh(ParallelConfig(tp=_world())) as mesh, _Products(log):
         mesh.tp.sends_pieces = lambda tensor: by_pieces
         for name in begin:
             setattr(mesh.tp, name, _noted(getattr(mesh.tp, name), log))
         shard, weight = _draw(7, 3, seed=0), _draw(4, 6, seed=1)
-        output = mesh.tp.linear(shard.requires_grad_(), weight.requires_grad_())
+        output = mesh.tp.linear(shard.requires_grad_(), weight.requires_grad_(), None, 8)
         log.append("|")
         output.sum().backward()
     return " ".join(log)
 
 
+def _sides(*arguments):
+    """The order of things forward, and backward."""
+    (order,) = set(on_ranks(2, _order, *arguments))
+    return [side.strip() for side in order.split("|")]
+
+
 def test_chunks_travel_while_others_are_multiplied():
-    forward = "begin begin wait product begin wait product wait product"
+    forward, backward = _sides(False, False, "begin_gather", "begin_scatter_sum")
+    assert forward == "begin begin wait product begin wait product wait product"
     # The last product, while the last chunk's sum is under way, makes the weights' gradient.
-    backward = "product begin product begin wait product begin wait product wait"
-    orders = on_ranks(2, _order, False, "begin_gather", "begin_scatter_sum")
-    assert orders == [f"{forward} | {backward}"] * 2
+    assert backward == "product begin product begin wait product begin wait product wait"
 
 
 def test_pieces_travel_while_others_are_multiplied():
-    # Of two ranks: a chunk's gradient is two products, and so is that of the weights.
-    backward = (
-        "product product begin product product begin wait product product begin wait "
-        "product product wait"
-    )
-    orders = on_ranks(2, _order, True, "receive")
-    assert [order.split(" | ")[0] for order in orders] == ["begin product wait product"] * 2
-    orders = on_ranks(2, _order, True, "begin_sum_of_pieces")
-    assert [order.split(" | ")[1] for order in orders] == [backward] * 2
+    forward, _ = _sides(True, False, "receive")
+    assert forward == "begin product wait product"
+    # Of each half the other one's product, then own onto what has come; between, the weights' two.
+    _, backward = _sides(True, False, "begin_sum_of_others")
+    assert backward == "product begin product begin wait product product product wait product"
+
+
+def test_outputs_travel_in_chunks_where_weights_do():
+    forward, backward = _sides(False, True, "begin_exchange", "begin_scatter_sum", "begin_gather")
+    exchange, outputs = "begin wait ", "product begin product begin wait product begin wait wait"
+    assert forward == exchange + outputs
+    gathered = "begin begin wait product begin wait product wait product "
+    assert backward == gathered + "product begin product wait"  # the last one is of own weights
+
+
+def test_outputs_travel_in_pieces_where_weights_do():
+    forward, backward = _sides(True, True, "begin_exchange", "begin_sum_of_others")
+    exchange, outputs = "begin wait ", "product begin product begin wait product wait product"
+    assert forward == exchange + outputs
+    assert backward == "product product product begin product wait"
+
+
+@pytest.mark.parametrize("shape", [(2048, 4096, 1024), (256, 4096, 1024), (512, 512, 512)])
+def test_weights_travel_where_that_is_less(shape):
+    m, num_inputs, num_units = shape
+    size = 2
+    inputs = 2 * m * num_inputs  # forward, and the sum of their gradients backward
+    outputs, weights = 2 * m * num_units, 2 * num_units * num_inputs / size
+    assert products.weights_travel(*shape, size) == (outputs + weights < inputs)
 
 
 def _peak():
@@ -230,8 +260,8 @@ def _peak():
 
 
 def test_a_product_holds_its_input_its_gradient_and_little_that_travels():
-    # Of the shard's size: the other rank's 1, the gradient 1, and two of eight chunks less than 1.
-    assert max(on_ranks(2, _peak)) < 3
+    # Of the shard's size: the other rank's 1, the gradient 1, and two halves on their way 1.
+    assert max(on_ranks(2, _peak)) < 3.1
 
 
 def _panel_order():

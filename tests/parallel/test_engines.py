@@ -281,7 +281,7 @@ def test_a_run_goes_on_on_another_mesh_with_another_engine(links, tmp_path):
         for value, other in [(p, q), *((optimizer.state[p][key], state[key]) for key in state)]:
             assert float((value - other).detach().norm()) <= 1e-4 * float(value.detach().norm())
     for buffer, other in zip(expected.buffers(), found.buffers(), strict=True):
-        assert torch.allclose(buffer, other, rtol=1e-4)
+        assert float((buffer - other).norm()) <= 1e-4 * float(buffer.norm())
 
 
 def _said_by_deepspeed():

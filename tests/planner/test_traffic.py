@@ -11,6 +11,7 @@ from tests.ranks import on_ranks
 IMAGES = {"data.kind": "noise", "data.side": 224, "data.channels": 3, "train.batch": 4096}
 WIDE = {**IMAGES, "model.widths": [150_528, 1024, 500]}
 SHARDED = {"parallel.shard": "weights", "train.compute": "bfloat16", "model.bias": True}
+NARROW = {"objective.scope": "network", "model.widths": [1_500, 201]}
 CASES = [  # (pp, dp, tp), and what else differs
     ((1, 1, 1024), {"model.widths": [150_528]}),
     ((1, 1, 8), {}),
@@ -19,6 +20,11 @@ CASES = [  # (pp, dp, tp), and what else differs
     ((2, 64, 8), {"parallel.microbatches": 2, "model.bias": True}),
     ((1, 128, 8), {"objective.scope": "network", "parallel.microbatches": 4}),
     ((2, 64, 8), {"objective.scope": "network", "parallel.microbatches": 2}),
+    # Layers that narrow: blocks of their weights travel, of uneven shards, too.
+    ((1, 128, 8), NARROW | {"train.batch": 65_536}),
+    ((2, 64, 8), NARROW | {"train.batch": 262_144, "parallel.microbatches": 2, "model.bias": True}),
+    ((1, 128, 8), NARROW | SHARDED | {"train.batch": 65_536}),
+    ((1, 128, 8), NARROW | SHARDED | {"train.batch": 65_536, "parallel.shard": "optimizer"}),
     ((1, 128, 8), {"objective.batch_scope": "local", "train.dtype": "float64"}),
     ((1, 128, 8), {"objective.on": "post", "model.standardise": False}),
     ((1, 128, 8), SHARDED),

@@ -162,7 +162,9 @@ class NativeEngine:
         weight, bias: (d/tp, D) and (d/tp,), from ``_parameters``.
         """
         columns = WHOLE if i == 0 else self.mesh.tp
-        return columns.linear(x, weight, bias)
+        # What has arrived of others' weights would be held on to.
+        num_units = None if self.regather else self.stack.layer(i).num_units
+        return columns.linear(x, weight, bias, num_units)
 
     def _parameters(self, i: int) -> tuple[Tensor, Tensor | None]:
         """Weight (d/tp, D) and bias (d/tp,) of layer ``i`` as products take them.
