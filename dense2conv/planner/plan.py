@@ -12,7 +12,7 @@ from dense2conv.planner.config import PlanConfig
 from dense2conv.planner.cost import flops, seconds
 from dense2conv.planner.memory import Memory, memory
 from dense2conv.planner.share import Share
-from dense2conv.planner.traffic import Collective, step_collectives
+from dense2conv.planner.traffic import AXES, Collective, step_collectives
 from dense2conv.shapes import InputError
 
 _MOST_NODES = 1 << 14
@@ -43,7 +43,7 @@ class Stage:
     @property
     def sent_bytes(self) -> dict[str, float]:
         """Bytes this process sends in a step over each axis."""
-        totals = dict.fromkeys(("tp", "dp", "pp"), 0.0)
+        totals = dict.fromkeys(AXES, 0.0)
         for call in self.collectives:
             totals[call.axis] += call.sent_bytes(getattr(self.share.mesh, call.axis))
         return totals
@@ -180,13 +180,8 @@ def meshes(config: PlanConfig) -> Iterator[ParallelConfig]:
         for pp in _divisors(world_size // tp):
             if pp > len(config.model.widths):
                 continue
-            yield ParallelConfig(
-                tp=tp,
-                pp=pp,
-                dp=world_size // tp // pp,
-                microbatches=config.parallel.microbatches,
-                device="cpu",
-            )
+            dp = world_size // tp // pp
+            yield dataclasses.replace(config.parallel, tp=tp, pp=pp, dp=dp, device="cpu")
 
 
 def _plan(config: PlanConfig) -> Plan:

@@ -194,7 +194,12 @@ def test_the_fastest_mesh_wins_and_the_others_are_told_why():
     ("name", "nodes", "changes", "remedies"),
     [
         ("a100x8", 1, {**IMAGENET224, "train.batch": 16_384}, {"nodes", "train.batch"}),
-        ("h100x8", 8, {**IMAGENET224, "model.widths": [400_000]}, {"tp_across_nodes"}),
+        (
+            "h100x8",
+            8,
+            {**IMAGENET224, "model.widths": [400_000]},
+            {"tp_across_nodes", "parallel.shard"},
+        ),
         (
             "laptop",
             1,
