@@ -42,6 +42,13 @@ class ParallelConfig:
             "help": "over dp: none | optimizer: weights and state at rest | weights: in backward, too"
         },
     )
+    dp_shard: int | None = field(
+        default=None,
+        metadata={
+            "help": "with shard: how many neighbours along dp share rows out, as those of a node, the "
+            "others holding the same; null: all of them"
+        },
+    )
     microbatches: int = field(
         default=1, metadata={"help": "pieces a batch is fed forward in; the value stays exact"}
     )
@@ -58,9 +65,26 @@ class ParallelConfig:
         return self.tp * self.pp * self.dp
 
     @property
+    def shard_size(self) -> int:
+        """How many processes along dp share a layer's rows out among them."""
+        if self.shard == "none":
+            return 1
+        return self.dp if self.dp_shard is None else self.dp_shard
+
+    @property
     def is_sharded(self) -> bool:
         """Whether processes along dp share a layer's rows out among them."""
-        return self.shard != "none" and self.dp > 1
+        return self.shard_size > 1
+
+    @property
+    def shard_axis(self) -> str:
+        """The name of the axis of those that do: dp, or a part of it."""
+        return "dp" if self.shard_size == self.dp else "dp_shard"
+
+    @property
+    def dp_replicate(self) -> int:
+        """How many processes along dp hold the same rows."""
+        return self.dp // self.shard_size
 
     @property
     def name(self) -> str:
@@ -83,6 +107,16 @@ class ParallelConfig:
             )
         if self.shard not in SHARDED:
             raise InputError(f"parallel.shard={self.shard!r} is unknown; use {', '.join(SHARDED)}")
+        if self.dp_shard is not None and self.shard == "none":
+            raise InputError(
+                f"parallel.dp_shard={self.dp_shard} with parallel.shard=none shares nothing out; use "
+                "parallel.shard=optimizer or weights, or leave dp_shard out"
+            )
+        if self.dp_shard is not None and (self.dp_shard < 1 or self.dp % self.dp_shard):
+            raise InputError(
+                f"parallel.dp_shard={self.dp_shard} does not divide parallel.dp={self.dp}; use one of "
+                f"{[i for i in range(1, self.dp + 1) if self.dp % i == 0]}"
+            )
         if batch % (self.dp * self.microbatches):
             raise InputError(
                 f"train.batch={batch} does not divide by parallel.dp={self.dp} times "
@@ -103,13 +137,21 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the mesh, and the axes it communicates over."""
+    """This process's place in the mesh, and the axes it communicates over.
+
+    dp_shard, dp_replicate: over the processes along dp that share a layer's rows out, and over those
+    that hold the same ones.
+    split_mesh: (pp, dp_replicate, dp_shard, tp), where neither of the two is all of dp.
+    """
 
     pp: Axis
     dp: Axis
     tp: Axis
+    dp_shard: Axis
+    dp_replicate: Axis
     device: torch.device
     device_mesh: DeviceMesh
+    split_mesh: DeviceMesh | None = None
     position: Position = field(default_factory=Position)
 
     @property
@@ -117,16 +159,19 @@ class Mesh:
         """How this process's block of a layer's features lies in the whole batch's."""
         return Layout(samples=self.dp, features=self.tp)
 
-    def rows(self, config: ParallelConfig) -> Axis:
-        """What the rows of a stage's weights are spread over: tp, or tp and within it dp."""
-        return NestedAxis(self.tp, self.dp) if config.is_sharded else self.tp
+    @property
+    def rows(self) -> Axis:
+        """What the rows of a stage's weights are spread over: tp, or tp and within it dp_shard."""
+        return NestedAxis(self.tp, self.dp_shard) if self.dp_shard.size > 1 else self.tp
 
     @property
     def rows_mesh(self) -> DeviceMesh:
-        """The own stage as torch knows it, with the axis that splits rows first: (tp, dp)."""
-        ranks = self.device_mesh.mesh[self.pp.rank].mT
-        groups = [self.device_mesh.get_group(name) for name in ("tp", "dp")]
-        names = ("tp", "dp")
+        """The own stage as torch knows it, the axes that split rows first: (tp, dp), or dp's two parts."""
+        whole = self.device_mesh if self.split_mesh is None else self.split_mesh
+        ranks = whole.mesh[self.pp.rank]
+        names = (whole.mesh_dim_names or ())[:0:-1]  # but for pp
+        groups = [whole.get_group(name) for name in names]
+        ranks = ranks.permute(*range(ranks.ndim - 1, -1, -1))
         return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
     @property
@@ -177,20 +222,39 @@ class Mesh:
 
 
 def make_mesh(
-    pp: int, dp: int, tp: int, device: torch.device, position: Position | None = None
+    pp: int,
+    dp: int,
+    tp: int,
+    device: torch.device,
+    position: Position | None = None,
+    shard_size: int = 1,
 ) -> Mesh:
     """The mesh over all processes of the running job; ranks vary fastest along tp.
 
-    position: of this process, if others are to know how far it is.
+    Args:
+        pp, dp, tp: its sizes.
+        device: of its tensors.
+        position: of this process, if others are to know how far it is.
+        shard_size: how many neighbours along dp share a layer's rows out.
     """
     device_mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
 
-    def axis(name: str) -> Axis:
-        group = device_mesh.get_group(name)
+    def axis(mesh: DeviceMesh, name: str) -> Axis:
+        group = mesh.get_group(name)
         return GroupAxis(group) if dist.get_world_size(group) > 1 else Axis()
 
-    axes = axis("pp"), axis("dp"), axis("tp")
-    return Mesh(*axes, device, device_mesh, position or Position())
+    axes = axis(device_mesh, "pp"), axis(device_mesh, "dp"), axis(device_mesh, "tp")
+    parts, split = (Axis(), axes[1]), None
+    if shard_size == dp:
+        parts = axes[1], Axis()
+    elif shard_size > 1:
+        sizes, names = (
+            (pp, dp // shard_size, shard_size, tp),
+            ("pp", "dp_replicate", "dp_shard", "tp"),
+        )
+        split = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        parts = axis(split, "dp_shard"), axis(split, "dp_replicate")
+    return Mesh(*axes, *parts, device, device_mesh, split, position or Position())
 
 
 def flat_mesh(mesh: Mesh) -> Mesh:
@@ -220,7 +284,8 @@ def open_mesh(config: ParallelConfig) -> Iterator[Mesh]:
     device = _device(config.device)
     with _process_group(device, config.timeout_s) as store:
         position = Position()
-        mesh = make_mesh(config.pp, config.dp, config.tp, device, position)
+        sizes = config.pp, config.dp, config.tp
+        mesh = make_mesh(*sizes, device, position, config.shard_size)
         # Nobody may fail, and be gone, while another one still connects to it.
         job = secrets.token_hex(8)
         places = mesh.gather_objects((job, Place.own()))

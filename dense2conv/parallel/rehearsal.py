@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dense2conv.objectives import factorisation
-from dense2conv.parallel.mesh import Mesh, make_mesh
+from dense2conv.parallel.collectives import GroupAxis
+from dense2conv.parallel.mesh import Mesh, ParallelConfig, make_mesh
 from dense2conv.shapes import InputError
 
 Calls = Counter[tuple[str, str, int]]  # of a kind, over a mesh axis, of so many bytes
@@ -82,7 +83,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 @contextmanager
-def fake_group(pp: int, dp: int, tp: int, rank: int) -> Iterator[tuple[Mesh, Recorder]]:
+def fake_group(config: ParallelConfig, rank: int) -> Iterator[tuple[Mesh, Recorder]]:
     """Rank ``rank`` of the mesh, and what it does; tensors made in ``without_numbers`` are fake.
 
     Raises:
@@ -93,13 +94,14 @@ def fake_group(pp: int, dp: int, tp: int, rank: int) -> Iterator[tuple[Mesh, Rec
 
     if dist.is_initialized():
         raise InputError("a rehearsal takes one process; start it without torchrun or srun")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=pp * dp * tp)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=config.world_size)
     try:
-        mesh = make_mesh(pp, dp, tp, torch.device("cpu"))
+        sizes = config.pp, config.dp, config.tp
+        mesh = make_mesh(*sizes, torch.device("cpu"), shard_size=config.shard_size)
         axes = {
-            str(mesh.device_mesh.get_group(name).group_name): name
-            for name in ("tp", "dp", "pp")
-            if getattr(mesh, name).size > 1
+            str(axis.group.group_name): name
+            for name in ("dp_shard", "dp_replicate", "tp", "dp", "pp")
+            if isinstance(axis := getattr(mesh, name), GroupAxis)
         }
         yield mesh, Recorder(axes)
     finally:

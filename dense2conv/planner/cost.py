@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from dense2conv.planner.share import Share
-from dense2conv.planner.traffic import Collective
+from dense2conv.planner.traffic import AXES, Collective
 
 _FACTOR_AND_INVERSE = 1.0  # times n³: a third by Cholesky, two by the inverse
 _DIGITS_CHECK = 2.0  # times n³: G² in fp64, which tells that an fp32 Gram matrix is too coarse
@@ -52,7 +52,7 @@ def seconds(share: Share, collectives: list[Collective]) -> dict[str, float]:
         "optimizer": updated * _PASSES / (cluster.memory_gb_s * 1e9 * efficiency),
         "input noise": _noise(share),
     }
-    for axis in ("tp", "dp", "pp"):
+    for axis in AXES:
         parts[f"{axis} traffic"] = sum(
             _traffic(share, call) for call in collectives if call.axis == axis
         )
@@ -62,7 +62,9 @@ def seconds(share: Share, collectives: list[Collective]) -> dict[str, float]:
 def crosses_nodes(share: Share, axis: str) -> bool:
     """Whether an axis leaves the node; ranks vary fastest along tp, then dp, then pp."""
     mesh = share.mesh
-    reach = {"tp": mesh.tp, "dp": mesh.dp * mesh.tp, "pp": mesh.world_size}
+    in_stage = mesh.dp * mesh.tp
+    reach = {"tp": mesh.tp, "dp_shard": mesh.shard_size * mesh.tp, "pp": mesh.world_size}
+    reach |= {"dp": in_stage, "dp_replicate": in_stage}
     return reach[axis] > share.config.cluster.devices
 
 

@@ -87,7 +87,7 @@ def _step(config: PlanConfig, rank: int) -> tuple[Calls, int]:
     """The collectives of a step of a rank, and the most bytes that its tensors take at once."""
     sizes, batch = config.parallel, config.train.batch
     mode = FakeTensorMode()
-    with fake_group(sizes.pp, sizes.dp, sizes.tp, rank) as (mesh, recorder):
+    with fake_group(sizes, rank) as (mesh, recorder):
         with without_numbers(recorder, mode):
             stack = build_stack(config, mesh, config.data.shape.numel)
             # Without the proximal step, which sends nothing, and goes through huge weights in pieces so

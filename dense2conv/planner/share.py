@@ -110,7 +110,7 @@ class Share:
         widths = list(self.config.model.widths)
         inputs = [self.config.data.shape.numel, *widths]
         held = np.array_split(np.arange(len(widths)), self.mesh.pp)[self.stage]
-        dp = _axis(self.mesh.dp if self.mesh.is_sharded else 1)
+        dp = _axis(self.mesh.shard_size)
         return [
             LayerShare(i, inputs[i], widths[i], units, len(dp.shard(units)))
             for i, units in ((int(i), self.held(widths[i])) for i in held)

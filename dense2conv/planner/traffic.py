@@ -15,6 +15,9 @@ from dense2conv.objectives.gram import panels
 from dense2conv.parallel.products import row_chunks
 from dense2conv.planner.share import LayerShare, Rate, Share
 
+# The two parts of dp, where rows are spread over one of them.
+AXES = ("tp", "dp", "dp_shard", "dp_replicate", "pp")
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -48,18 +51,24 @@ def step_collectives(share: Share) -> list[Collective]:
     calls += [
         Collective(f"metrics of {layer_name(layer.index)}", "all_reduce", axis, 3 * 8)
         for layer in share.layers
-        for axis in (("tp", "dp") if share.mesh.is_sharded else ("tp",))
+        for axis in _row_axes(share)
     ]
-    sizes = {"pp": share.mesh.pp, "dp": share.mesh.dp, "tp": share.mesh.tp}
-    return [call for call in calls if sizes[call.axis] > 1]
+    return [call for call in calls if getattr(share.mesh, call.axis) > 1]
+
+
+def _row_axes(share: Share) -> tuple[str, ...]:
+    """What the rows of weights are spread over."""
+    return ("tp", share.mesh.shard_axis) if share.mesh.is_sharded else ("tp",)
 
 
 def _norms(share: Share) -> list[Collective]:
     """The square of each layer's gradient, or of all of the stage, and then of all stages."""
-    axes = ("tp", "dp") if share.mesh.is_sharded else ("tp",)
     count = 1 if share.is_network else len(share.layers)
     size = share.precision.master
-    calls = [Collective("norm of gradients", "all_reduce", axis, size, count) for axis in axes]
+    calls = [
+        Collective("norm of gradients", "all_reduce", axis, size, count)
+        for axis in _row_axes(share)
+    ]
     if share.is_network:
         calls.append(Collective("norm of gradients", "all_reduce", "pp", size))
     return calls
@@ -129,14 +138,15 @@ def _rows(share: Share, layer: LayerShare) -> list[Collective]:
     """What processes along dp keep of a layer's rows, brought together for its products."""
     if not share.mesh.is_sharded:
         return []
-    dp, compute, name = share.mesh.dp, share.precision.compute, layer_name(layer.index)
+    axis, size = share.mesh.shard_axis, share.mesh.shard_size
+    compute, name = share.precision.compute, layer_name(layer.index)
     times = 1
     if share.mesh.shard == "weights" and share.is_network and layer.index > 0:
         times += share.mesh.microbatches  # once more for the gradient of each piece's input
     row = layer.num_inputs * compute
-    calls = [replace(_gather(f"rows of {name}", "dp", dp, layer.num_held, row), count=times)]
+    calls = [replace(_gather(f"rows of {name}", axis, size, layer.num_held, row), count=times)]
     if share.config.model.bias:
-        calls.append(_gather(f"bias of {name}", "dp", dp, layer.num_held, compute))
+        calls.append(_gather(f"bias of {name}", axis, size, layer.num_held, compute))
     return calls
 
 
@@ -196,21 +206,27 @@ def _gradients(share: Share) -> list[Collective]:
         name = layer_name(layer.index)
         if share.is_network and layer.index > 0:
             calls += _input_gradients(share, layer)
-        calls.append(_gradient(share, f"gradient of {name}", layer.num_held, layer.num_inputs))
+        calls += _gradient(share, layer, f"gradient of {name}", layer.num_inputs)
         if share.config.model.bias:
-            calls.append(_gradient(share, f"gradient of {name}'s bias", layer.num_held, 1))
+            calls += _gradient(share, layer, f"gradient of {name}'s bias", 1)
     return calls
 
 
-def _gradient(share: Share, purpose: str, num_rows: int, row: int) -> Collective:
+def _gradient(share: Share, layer: LayerShare, purpose: str, row: int) -> list[Collective]:
     """The sum over dp of rows' gradients, each ``row`` numbers: of all rows, or of those kept here."""
     mesh, number = share.mesh, share.precision
+    kept = layer.num_kept * row * number.master
     if not mesh.is_sharded:
-        return Collective(purpose, "all_reduce", "dp", num_rows * row * number.master)
+        return [Collective(purpose, "all_reduce", "dp", kept)]
     # A stage that has to send gradients on makes them piece by piece.
     pieces = mesh.microbatches if share.is_network and not share.is_first else 1
-    joined = _gather(purpose, "dp", mesh.dp, num_rows, row * number.compute)
-    return replace(joined, kind="reduce_scatter", count=pieces)
+    joined = _gather(
+        purpose, mesh.shard_axis, mesh.shard_size, layer.num_held, row * number.compute
+    )
+    return [
+        replace(joined, kind="reduce_scatter", count=pieces),
+        Collective(purpose, "all_reduce", "dp_replicate", kept),
+    ]
 
 
 def _neighbours(share: Share, kind: str, purpose: str, num_bytes: int) -> list[Collective]:

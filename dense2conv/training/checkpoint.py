@@ -265,14 +265,15 @@ def _own_share(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What this process writes, in host memory, and where in the whole tensors it lies.
 
-    Rows that all processes along dp hold are shared out among them.
+    Rows that several processes along dp hold are shared out among them.
     """
     copies: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
     for name, tensor, total, rows_axis in _state(stack, optimizer):
         offsets: list[int] = []
         if total:
-            rows = NestedAxis(mesh.tp, mesh.dp).shard(total)
+            is_spread = isinstance(rows_axis, NestedAxis)
+            rows = NestedAxis(rows_axis, mesh.dp_replicate if is_spread else mesh.dp).shard(total)
             held = rows_axis.shard(total)
             offsets = [rows.start, *[0] * (tensor.ndim - 1)]
             tensor = tensor[rows.start - held.start : rows.stop - held.start]  # (d/tp/dp, …)
@@ -508,8 +509,9 @@ def _allocate(optimizer: Optimizer, stack: DenseStack, stored: dict[str, Any]) -
 def _as_dtensor(mesh: Mesh, tensor: Tensor, total: int, rows_axis: Axis) -> Tensor:
     """Own rows as a DTensor, which tells DCP where they lie in the whole; it shares their memory."""
     over_dp: Placement = Shard(0) if isinstance(rows_axis, NestedAxis) else Replicate()
+    placements = [Shard(0), over_dp, Replicate()][: mesh.rows_mesh.ndim]
     shape = torch.Size([total, *tensor.shape[1:]])
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        tensor, mesh.rows_mesh, [Shard(0), over_dp], run_check=False, shape=shape, stride=strides
+        tensor, mesh.rows_mesh, placements, run_check=False, shape=shape, stride=strides
     )

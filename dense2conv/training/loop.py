@@ -169,7 +169,7 @@ def build_stack(config: Config, mesh: Mesh, num_inputs: int) -> DenseStack:
             mesh.layout,
             layers,
             config.train.torch_dtype,
-            mesh.rows(config.parallel),
+            mesh.rows,
         )
 
 

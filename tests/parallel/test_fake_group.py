@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dense2conv.parallel import ParallelConfig
 from dense2conv.parallel.rehearsal import fake_group, without_numbers
 from dense2conv.planner.share import Share
 from dense2conv.planner.traffic import step_collectives
@@ -46,7 +47,7 @@ def _step_and_prune(rank, changes):
     config = plan_config(LAYER | changes)
     began, before = time.monotonic(), _peak_bytes()
     fakes = FakeTensorMode()
-    with fake_group(1, 1, TP, rank) as (mesh, recorder):
+    with fake_group(ParallelConfig(tp=TP), rank) as (mesh, recorder):
         with without_numbers(recorder, fakes):
             stack = build_stack(config, mesh, config.data.shape.numel)
             optimizer = make_optimizer(config.optimizer, stack, config.objective.l1)

@@ -69,7 +69,8 @@ _single: dict[str, tuple[dict[int, torch.Tensor], dict[str, float]]] = {}
 
 
 def _compare(mesh, steps, dtype, changes, tolerance):
-    native = changes | {"engine": "native"}
+    native = {key: value for key, value in changes.items() if not key.startswith("parallel.")}
+    native["engine"] = "native"
     key = repr((steps, dtype, native))
     if key not in _single:
         (_single[key],) = on_ranks(1, _trained, (1, 1, 1, 1), steps, dtype, native)
@@ -115,6 +116,7 @@ NETWORK = {"objective.scope": "network", "model.nonlinearity": "tanh"}
 
 
 SHARDED = {"parallel.shard": "weights"}
+PAIRS = SHARDED | {"parallel.dp_shard": 2}
 # Adam would divide a bias' gradient, here but rounding, by its size.
 CLIPPED = {
     "optimizer.clip": 0.5,
@@ -132,6 +134,8 @@ CLIPPED = {
         ((1, 2, 2, 1), {"parallel.shard": "optimizer"} | CLIPPED),
         ((2, 2, 1, 2), SHARDED | NETWORK | CLIPPED),
         ((1, 4, 1, 1), {"parallel.shard": "weights", "model.widths": [36, 5]}),  # one has no row
+        ((1, 4, 1, 1), PAIRS | CLIPPED),
+        ((1, 4, 1, 2), PAIRS | NETWORK),
     ],
 )
 def test_rows_spread_over_dp(mesh, changes):
@@ -190,6 +194,11 @@ def test_the_local_rate_is_another_objective():
         ({"tp": 11}, "parallel.tp=11 is more than the 10 units"),
         ({"dp": 5}, "train.batch=96 does not divide by parallel.dp=5"),
         ({"microbatches": 0}, "parallel.microbatches=0"),
+        ({"dp": 4, "dp_shard": 2}, "parallel.dp_shard=2 with parallel.shard=none"),
+        (
+            {"dp": 4, "dp_shard": 3, "shard": "weights"},
+            r"parallel.dp_shard=3 does not divide parallel.dp=4; use one of \[1, 2, 4\]",
+        ),
         ({"device": "tpu"}, "'tpu'"),
     ],
 )

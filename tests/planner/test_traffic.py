@@ -12,6 +12,7 @@ IMAGES = {"data.kind": "noise", "data.side": 224, "data.channels": 3, "train.bat
 WIDE = {**IMAGES, "model.widths": [150_528, 1024, 500]}
 SHARDED = {"parallel.shard": "weights", "train.compute": "bfloat16", "model.bias": True}
 NARROW = {"objective.scope": "network", "model.widths": [1_500, 201]}
+MICRO = {"objective.scope": "network", "parallel.microbatches": 2}
 CASES = [  # (pp, dp, tp), and what else differs
     ((1, 1, 1024), {"model.widths": [150_528]}),
     ((1, 1, 8), {}),
@@ -19,7 +20,7 @@ CASES = [  # (pp, dp, tp), and what else differs
     ((1, 1024, 1), {}),
     ((2, 64, 8), {"parallel.microbatches": 2, "model.bias": True}),
     ((1, 128, 8), {"objective.scope": "network", "parallel.microbatches": 4}),
-    ((2, 64, 8), {"objective.scope": "network", "parallel.microbatches": 2}),
+    ((2, 64, 8), MICRO),
     # Layers that narrow: blocks of their weights travel, of uneven shards, too.
     ((1, 128, 8), NARROW | {"train.batch": 65_536}),
     ((2, 64, 8), NARROW | {"train.batch": 262_144, "parallel.microbatches": 2, "model.bias": True}),
@@ -28,7 +29,9 @@ CASES = [  # (pp, dp, tp), and what else differs
     ((1, 128, 8), {"objective.batch_scope": "local", "train.dtype": "float64"}),
     ((1, 128, 8), {"objective.on": "post", "model.standardise": False}),
     ((1, 128, 8), SHARDED),
-    ((2, 64, 8), SHARDED | {"objective.scope": "network", "parallel.microbatches": 2}),
+    ((2, 64, 8), SHARDED | MICRO),
+    ((1, 128, 8), SHARDED | {"parallel.dp_shard": 8, "optimizer.clip": 1.0}),
+    ((2, 64, 8), SHARDED | MICRO | {"parallel.dp_shard": 4}),
     ((1, 128, 8), {"objective.noise_correction": True, "data.side": 16}),
     ((2, 64, 8), {"optimizer.clip": 1.0}),
     ((1, 128, 8), {"objective.scope": "network", "optimizer.clip": 1.0}),

@@ -165,16 +165,20 @@ def test_resume_equals_uninterrupted_bit_for_bit(optimizer):
 
 
 def _resume_on_meshes_of_four(path: Path) -> None:
-    """Ten steps on each of three meshes; the last, whose rows dp shares out, once more in two parts."""
+    """Some steps on each of four meshes; the last, whose rows dp shares out, once more in two parts.
+
+    In the first one two pairs along dp share rows out, and each pair holds all of them.
+    """
     config = small_config(30, every=5)
     config.parallel.tp = 4
     with open_mesh(config.parallel) as mesh:
-        for steps, sizes in ((10, (1, 1, 4)), (20, (2, 1, 2)), (30, (1, 2, 2))):
+        chain = (5, (1, 4, 1), 2), (10, (1, 1, 4), 1), (20, (2, 1, 2), 1), (30, (1, 2, 2), 2)
+        for steps, sizes, shard in chain:
             config.train.steps = steps
             config.parallel.pp, config.parallel.dp, config.parallel.tp = sizes
-            config.parallel.shard = "weights" if sizes[1] > 1 else "none"
-            mesh = make_mesh(*sizes, mesh.device)
-            train_in(path / "moved", config, mesh, resume=steps > 10)
+            config.parallel.shard = "weights" if shard > 1 else "none"
+            mesh = make_mesh(*sizes, mesh.device, shard_size=shard)
+            train_in(path / "moved", config, mesh, resume=steps > 5)
         if mesh.is_main:
             shutil.copytree(path / "moved", path / "again")
             shutil.rmtree(step(path / "again", 30))

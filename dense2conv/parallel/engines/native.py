@@ -2,9 +2,9 @@
 
 m   samples of the global batch     d   units, d/tp of them here     M   micro-batches
 
-With ``parallel.shard`` the processes along dp keep a part of those d/tp rows each, with gradient and
-optimizer state; the optimizer works on rows, so its step is exact on any of them. The whole d/tp rows
-exist from a layer's forward until nothing needs them any more.
+With ``parallel.shard`` the processes along dp, or along a part of it, keep a part of those d/tp rows
+each, with gradient and optimizer state; the optimizer works on rows, so its step is exact on any of
+them. The whole d/tp rows exist from a layer's forward until nothing needs them any more.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class NativeEngine:
         """Weight (d/tp, D) and bias (d/tp,) of layer ``i`` as products take them.
 
         In their precision, and with the rows that the other processes along dp keep. A gradient
-        goes back into the own rows: the sum of all dp processes'.
+        goes back into the own rows: the sum of those processes'.
         """
         weight, bias = self.stack.layer(i).weight, self.stack.layer(i).bias
         return self._whole(i, weight), None if bias is None else self._whole(i, bias)
@@ -180,7 +180,8 @@ class NativeEngine:
         own = own.to(self.compute)
         if not self.is_sharded:
             return own
-        return self.mesh.dp.gather(own, len(self.mesh.tp.shard(self.stack.layer(i).num_units)))
+        num_held = len(self.mesh.tp.shard(self.stack.layer(i).num_units))
+        return self.mesh.dp_shard.gather(own, num_held)
 
     def _let_go(self, i: int, weight: Tensor) -> AbstractContextManager[Any]:
         """A block whose graph does not keep the gathered ``weight``: backward gathers it again."""
@@ -260,13 +261,16 @@ class NativeEngine:
                 self.pipeline.send_gradient(gradient)
 
     def _begin_sums(self, parameters: Iterable[Parameter]) -> list[Callable[[], None]]:
-        """Every process has the gradient of the one objective for its samples: add them over dp."""
-        if self.is_sharded:
-            return []  # done where the rows were brought together
+        """Every process has the gradient of the one objective for its samples: add them over dp.
+
+        Where rows are spread over dp that was done when they were let go, but for processes that hold
+        the same ones.
+        """
+        axis = self.mesh.dp_replicate if self.is_sharded else self.mesh.dp
 
         def begin(parameter: Parameter) -> Callable[[], None]:
             assert parameter.grad is not None
-            arrive = self.mesh.dp.begin_sum(parameter.grad)
+            arrive = axis.begin_sum(parameter.grad)
 
             def finish() -> None:
                 parameter.grad = arrive()
