@@ -100,14 +100,7 @@ class GroupAxis(Axis):
     def scatter_sum(self, tensor: Tensor, dim: int = 0) -> Tensor:
         lengths = self.lengths(tensor.shape[dim])
         shard = tensor.new_empty(_resized(tensor, dim, lengths[self.rank]))
-        if self.sends_pieces(tensor):
-            pieces = dict(enumerate(tensor.split(lengths, dim)))
-            own = pieces.pop(self.rank)
-            total = self.begin_sum_of_others(pieces, shard)().add_(own)
-            if total is not shard:
-                shard.copy_(total)
-        else:
-            self.begin_scatter_sum(tensor, shard, dim)()
+        self.begin_scatter_sum(tensor, shard, dim)()
         return shard
 
     def begin_scatter_sum(self, whole: Tensor, shard: Tensor, dim: int) -> Callable[[], None]:
@@ -115,6 +108,16 @@ class GroupAxis(Axis):
         processes' ``whole``; the result waits for it.
         """
         lengths = self.lengths(whole.shape[dim])
+        if self.sends_pieces(whole):
+            pieces = dict(enumerate(whole.split(lengths, dim)))
+            arrive = self.begin_sum_of_others(pieces, shard)
+
+            def add_own() -> None:
+                total = arrive().add_(pieces[self.rank])
+                if total is not shard:
+                    shard.copy_(total)
+
+            return add_own
         shape = (self.size, lengths[0])
         shards = _padded(whole, dim, math.prod(shape)).unflatten(dim, shape).movedim(dim, 0)
         fits = shard.shape[dim] == lengths[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from dense2conv.planner.share import LayerShare, Share
 
@@ -105,11 +106,14 @@ def _copies(share: Share) -> int:
 
 def _gradient(share: Share) -> int:
     """A layer's gradient before it is added to what lasts of it: of a copy, or of a piece."""
-    largest = max(layer.num_weights for layer in share.layers)
+    sizes = [layer.num_weights for layer in share.layers]
+    largest = max(sizes)
     number, several = share.precision, share.mesh.microbatches > 1
-    if share.mesh.is_sharded:  # those of all pieces are summed before processes are
+    if share.mesh.is_sharded:
+        # While one is made that of the layer before leaves; those of all pieces are summed first.
         at_once = several and (share.is_first or not share.is_network)
-        return largest * number.compute * (2 if at_once else 1)
+        two = max(map(sum, pairwise(sizes)), default=largest)
+        return (two + (largest if at_once else 0)) * number.compute
     of_copy = largest * number.compute if share.has_copies else 0
     return of_copy + (largest * number.master if several else 0)
 

@@ -74,6 +74,41 @@ def test_whole_rows_are_held_while_they_are_needed(shard, scope, expected):
         assert gone == expected
 
 
+def _order():
+    """What happens in a step to rows and their gradients, by the number of units of their layer."""
+    log = []
+    with open_mesh(ParallelConfig(dp=2, shard="optimizer")) as mesh:
+        engine, _ = _engine(mesh, ParallelConfig(dp=2, shard="optimizer"), "layerwise", None)
+        axis, linear = engine.rows._axis, engine.linear
+
+        def noted(name, begin):
+            def begun(*tensors):
+                num_units = max(len(t) for t in tensors[:2])
+                log.append(f"{name} {num_units}")
+                wait = begin(*tensors)
+                return lambda: (wait(), log.append(f"{name} {num_units} done"))
+
+            return begun
+
+        def multiplied(i, *tensors):
+            log.append(f"product {SHAPES[i][0]}")
+            return linear(i, *tensors)
+
+        axis.begin_gather = noted("rows", axis.begin_gather)
+        axis.begin_scatter_sum = noted("gradient", axis.begin_scatter_sum)
+        engine.linear = multiplied
+        engine.forward_backward(torch.randn(48, 36))
+    return log
+
+
+def test_rows_and_their_gradients_travel_while_other_layers_are_multiplied():
+    forward = ["rows 36", "rows 17", "rows 36 done", "product 36"]
+    forward += ["rows 10", "rows 17 done", "product 17", "rows 10 done", "product 10"]
+    backward = ["gradient 36", "gradient 17", "gradient 36 done"]
+    backward += ["gradient 10", "gradient 17 done", "gradient 10 done"]
+    assert on_ranks(2, _order) == [forward + backward] * 2
+
+
 def _held(parallel):
     """Bytes a weight that last from step to step, and those of the copy that products take."""
     with open_mesh(parallel) as mesh:

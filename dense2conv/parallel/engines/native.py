@@ -12,12 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -25,9 +22,11 @@ from torch.optim import Optimizer
 from dense2conv.models import DenseStack
 from dense2conv.models.dense_stack import layer_name
 from dense2conv.objectives import EfficientCoding, Terms
+from dense2conv.parallel.collectives import GroupAxis
+from dense2conv.parallel.engines.spread_rows import SpreadRows
 from dense2conv.parallel.mesh import Mesh
 from dense2conv.parallel.pipeline import Pipeline
-from dense2conv.shapes import WHOLE, Axis, Layout, NestedAxis
+from dense2conv.shapes import WHOLE, Axis, Layout
 
 
 class NativeEngine:
@@ -66,8 +65,9 @@ class NativeEngine:
         self.mesh, self.stack, self.objective, self.optimizer = mesh, stack, objective, optimizer
         self.batch, self.microbatches, self.clip = batch, microbatches, clip
         self.compute = stack.dtype if compute is None else compute
-        self.is_sharded = isinstance(stack.rows, NestedAxis)
-        self.regather = regather and self.is_sharded
+        self.rows: SpreadRows | None = None
+        if isinstance(mesh.dp_shard, GroupAxis):
+            self.rows = SpreadRows(stack, mesh.dp_shard, self.compute, regather)
         self.emit = torch.compile(stack.emit) if compiled else stack.emit
         self.network_scope = objective.config.scope == "network"
         top = stack.num_layers - 1
@@ -90,11 +90,13 @@ class NativeEngine:
         summing: list[Callable[[], None]] = []
         for i, (_, slopes) in coded.items():
             self._backward(outputs[i], slopes, received)
-            if not self.network_scope:  # layer i's gradients are complete, and travel meanwhile
+            if not (self.network_scope or self.rows):  # they are complete, and travel meanwhile
                 summing += self._begin_sums(self.stack.layer(i).parameters())
         if self.network_scope and not self.pipeline.is_last:
             self._backward(shown, map(self.pipeline.receive_gradient, shown), received)
-        if self.network_scope:
+        if self.rows is not None:
+            self.rows.finish()
+        if self.network_scope or self.rows:
             summing = self._begin_sums(self.stack.parameters())
         for finish in summing:
             finish()
@@ -128,6 +130,8 @@ class NativeEngine:
             The linear outputs of each held layer, M pieces (m/dp/M, d/tp), and what the last of
             them shows the next stage: the output itself where there is none.
         """
+        if self.rows is not None:
+            self.rows.start()
         outputs: dict[int, list[Tensor]] = {i: [] for i in self.stack.indices}
         for i in self.stack.indices:
             pieces = self._layer(i, pieces, outputs[i])
@@ -145,7 +149,7 @@ class NativeEngine:
         for piece in pieces:
             # Only now: the layers below have done their work, or at least begun.
             parameters = parameters or self._parameters(i)
-            with self._let_go(i, parameters[0]):
+            with self.rows.let_go(i, parameters[0]) if self.rows else nullcontext():
                 outputs.append(self.linear(i, piece.to(self.compute), *parameters))
             if normaliser is None:
                 yield self._show(i, outputs[-1])
@@ -163,7 +167,8 @@ class NativeEngine:
         """
         columns = WHOLE if i == 0 else self.mesh.tp
         # What has arrived of others' weights would be held on to.
-        num_units = None if self.regather else self.stack.layer(i).num_units
+        is_let_go = self.rows is not None and self.rows.regather
+        num_units = None if is_let_go else self.stack.layer(i).num_units
         return columns.linear(x, weight, bias, num_units)
 
     def _parameters(self, i: int) -> tuple[Tensor, Tensor | None]:
@@ -172,34 +177,11 @@ class NativeEngine:
         In their precision, and with the rows that the other processes along dp keep. A gradient
         goes back into the own rows: the sum of those processes'.
         """
-        weight, bias = self.stack.layer(i).weight, self.stack.layer(i).bias
-        return self._whole(i, weight), None if bias is None else self._whole(i, bias)
-
-    def _whole(self, i: int, own: Tensor) -> Tensor:
-        """All d/tp rows of a parameter of layer ``i``, in the precision of products."""
-        own = own.to(self.compute)
-        if not self.is_sharded:
-            return own
-        num_held = len(self.mesh.tp.shard(self.stack.layer(i).num_units))
-        return self.mesh.dp_shard.gather(own, num_held)
-
-    def _let_go(self, i: int, weight: Tensor) -> AbstractContextManager[Any]:
-        """A block whose graph does not keep the gathered ``weight``: backward gathers it again."""
-        if not self.regather:
-            return nullcontext()
-        storage = StorageWeakRef(weight.untyped_storage()).cdata
-
-        def pack(saved: Tensor) -> Any:  # the weight, or it transposed
-            is_weight = StorageWeakRef(saved.untyped_storage()).cdata == storage
-            return (saved.shape, saved.stride()) if is_weight else saved
-
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            with torch.no_grad():
-                return self._whole(i, self.stack.layer(i).weight).as_strided(*packed)
-
-        return saved_tensors_hooks(pack, unpack)
+        if self.rows is not None:
+            return self.rows.together(i)
+        layer = self.stack.layer(i)
+        bias = None if layer.bias is None else layer.bias.to(self.compute)
+        return layer.weight.to(self.compute), bias
 
     def _show(self, i: int, z: Tensor) -> Tensor:
         """What layer ``i`` shows the next one: (m/dp/M, d/tp); gradients pass by scope."""
@@ -250,7 +232,7 @@ class NativeEngine:
         self, pieces: list[Tensor], slopes: Iterable[Tensor], received: list[Tensor]
     ) -> None:
         """Backward from M pieces, and on to the previous stage through what was received from it."""
-        if self.is_sharded and not received:  # one sum over dp, of all pieces' gradients
+        if self.rows and not received:  # one sum over dp, of all pieces' gradients
             torch.autograd.backward(pieces, list(slopes))
             return
         for k, (piece, slope) in enumerate(zip(pieces, slopes, strict=True)):
@@ -266,7 +248,7 @@ class NativeEngine:
         Where rows are spread over dp that was done when they were let go, but for processes that hold
         the same ones.
         """
-        axis = self.mesh.dp_replicate if self.is_sharded else self.mesh.dp
+        axis = self.mesh.dp_replicate if self.rows else self.mesh.dp
 
         def begin(parameter: Parameter) -> Callable[[], None]:
             assert parameter.grad is not None
