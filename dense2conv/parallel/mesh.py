@@ -82,6 +82,12 @@ class ParallelConfig:
         return "dp" if self.shard_size == self.dp else "dp_shard"
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of all of them: with dp's two parts, where neither is all of it."""
+        parts = ("dp_shard", "dp_replicate") if 1 < self.shard_size < self.dp else ()
+        return ("tp", "dp", *parts, "pp")
+
+    @property
     def dp_replicate(self) -> int:
         """How many processes along dp hold the same rows."""
         return self.dp // self.shard_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from dense2conv.planner.share import Share
-from dense2conv.planner.traffic import AXES, Collective
+from dense2conv.planner.traffic import Collective
 
 _FACTOR_AND_INVERSE = 1.0  # times n³: a third by Cholesky, two by the inverse
 _DIGITS_CHECK = 2.0  # times n³: G² in fp64, which tells that an fp32 Gram matrix is too coarse
@@ -52,7 +52,7 @@ def seconds(share: Share, collectives: list[Collective]) -> dict[str, float]:
         "optimizer": updated * _PASSES / (cluster.memory_gb_s * 1e9 * efficiency),
         "input noise": _noise(share),
     }
-    for axis in AXES:
+    for axis in share.mesh.axes:
         parts[f"{axis} traffic"] = sum(
             _traffic(share, call) for call in collectives if call.axis == axis
         )

@@ -12,7 +12,7 @@ from dense2conv.planner.config import PlanConfig
 from dense2conv.planner.cost import flops, seconds
 from dense2conv.planner.memory import Memory, memory
 from dense2conv.planner.share import Share
-from dense2conv.planner.traffic import AXES, Collective, step_collectives
+from dense2conv.planner.traffic import Collective, step_collectives
 from dense2conv.shapes import InputError
 
 _MOST_NODES = 1 << 14
@@ -43,7 +43,7 @@ class Stage:
     @property
     def sent_bytes(self) -> dict[str, float]:
         """Bytes this process sends in a step over each axis."""
-        totals = dict.fromkeys(AXES, 0.0)
+        totals = dict.fromkeys(self.share.mesh.axes, 0.0)
         for call in self.collectives:
             totals[call.axis] += call.sent_bytes(getattr(self.share.mesh, call.axis))
         return totals
@@ -125,7 +125,7 @@ class Estimate:
     def loses_to(self, best: Estimate) -> str:
         """What this mesh spends its extra time on."""
         own, other = self.slowest.seconds, best.slowest.seconds
-        excess = {name: own[name] - other[name] for name in own}
+        excess = {name: own[name] - other.get(name, 0.0) for name in own}
         if self.bubble > best.bubble:
             waited = self.step_seconds * self.bubble - best.step_seconds * best.bubble
             excess["pipeline bubble"] = waited

@@ -15,9 +15,6 @@ from dense2conv.objectives.gram import panels
 from dense2conv.parallel.products import row_chunks
 from dense2conv.planner.share import LayerShare, Rate, Share
 
-# The two parts of dp, where rows are spread over one of them.
-AXES = ("tp", "dp", "dp_shard", "dp_replicate", "pp")
-
 
 @dataclass(frozen=True)
 class Collective:

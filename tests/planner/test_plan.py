@@ -330,3 +330,16 @@ def test_a_rehearsal_tells_what_was_not_planned():
     )
     assert "tensors take 1 GB at most, planned 2 GB" in lines[1]
     assert "the same as planned" in lines[2]
+
+
+def test_the_two_parts_of_dp_are_links_of_their_own():
+    changes = {**IMAGENET224, "parallel.shard": "weights", "parallel.dp_shard": 2}
+    plan = make_plan(plan_on("h200x8", 16, changes))
+    stage = plan.best.slowest
+    assert stage.share.mesh.axes == ("tp", "dp", "dp_shard", "dp_replicate", "pp")
+    # Rows come and their gradients leave among two; each of them is summed with its like elsewhere.
+    assert stage.sent_bytes["dp_shard"] > 0
+    assert stage.sent_bytes["dp_replicate"] > 0
+    shown = table(plan)
+    assert "dp_shard traffic" in shown
+    assert "dp_replicate" in shown
