@@ -509,9 +509,10 @@ def _allocate(optimizer: Optimizer, stack: DenseStack, stored: dict[str, Any]) -
 def _as_dtensor(mesh: Mesh, tensor: Tensor, total: int, rows_axis: Axis) -> Tensor:
     """Own rows as a DTensor, which tells DCP where they lie in the whole; it shares their memory."""
     over_dp: Placement = Shard(0) if isinstance(rows_axis, NestedAxis) else Replicate()
-    placements = [Shard(0), over_dp, Replicate()][: mesh.rows_mesh.ndim]
+    rows_mesh = mesh.rows_mesh
+    placements = [Shard(0), over_dp, Replicate()][: rows_mesh.ndim]
     shape = torch.Size([total, *tensor.shape[1:]])
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        tensor, mesh.rows_mesh, placements, run_check=False, shape=shape, stride=strides
+        tensor, rows_mesh, placements, run_check=False, shape=shape, stride=strides
     )
